@@ -56,7 +56,14 @@ def _progress(prefix: str) -> Iterator[Callable[[str], None]]:
         with console.status(prefix) as status:
             yield lambda text: status.update(f"{escape(prefix)}: {escape(text)}")
     else:
-        yield lambda text: console.print(f"{escape(prefix)}: {escape(text)}", soft_wrap=True)
+        said = [""]
+
+        def say(text: str) -> None:
+            if text.partition(": ")[2] != said[0] or not said[0]:  # once per chapter, not once per cell
+                console.print(f"{escape(prefix)}: {escape(text)}", soft_wrap=True)
+            said[0] = text.partition(": ")[2]
+
+        yield say
 
 # %% ../nbs/18_cli.ipynb #914265de
 def forecast_table(forecasts: "list[Forecast]", width: int = 120) -> list[Table]:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'UNSEEN', 'TROUBLES', 'SQLITE_CODES', 'POSTGRESQL_CODES', 'FORMS', 'MIGRATION_WAIT', 'MIGRATION_LOCK', 'UTC',
-           'Base', 'User', 'Token', 'Usage', 'Audit', 'ForecastRow', 'Demotion', 'connect', 'session', 'insert_into',
-           'alembic_config', 'migrate', 'ping']
+           'Number', 'Numbers', 'Base', 'User', 'Token', 'Usage', 'Audit', 'ForecastRow', 'Demotion', 'connect',
+           'session', 'insert_into', 'alembic_config', 'migrate', 'ping']
 
 # %% ../nbs/11_database.ipynb #4404e165
 import io
-import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from sqlalchemy import JSON, BigInteger, CheckConstraint, DateTime, ForeignKey, Index, MetaData, UniqueConstraint, create_engine, event, text
+from sqlalchemy import JSON, BigInteger, CheckConstraint, DateTime, Double, ForeignKey, Index, MetaData, UniqueConstraint
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Dialect, Engine, make_url
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -44,7 +45,7 @@ class UTC(TypeDecorator[pd.Timestamp]):
             return None
         moment = pd.Timestamp(value)
         if moment.tzinfo is None:
-            raise StoreError(f"a time in the database carries its zone, {value} has none; give it one, for example UTC")
+            raise StoreError(f"a time in the database carries its zone, {value} has none; give it one, for example UTC", "database_unfit")
         return moment.tz_convert("UTC").floor("us").to_pydatetime()
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
@@ -52,6 +53,32 @@ class UTC(TypeDecorator[pd.Timestamp]):
             return None
         moment = pd.Timestamp(value)
         return moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")
+
+# %% ../nbs/11_database.ipynb #6dac6987
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise StoreError(f"a number in the database is finite, {value} is not; record an abstention instead", "database_unfit")
+    return float(value)
+
+
+class Number(TypeDecorator[float]):
+    "A finite float, kept to its last bit."
+
+    impl = Double
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else _finite(value)
+
+
+class Numbers(TypeDecorator[list[float]]):
+    "A list of finite floats, kept as JSON to their last bits."
+
+    impl = JSON(none_as_null=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else [_finite(each) for each in value]
 
 # %% ../nbs/11_database.ipynb #2e8cdb55
 NAMES = {
@@ -68,7 +95,7 @@ class Base(DeclarativeBase):
     "Mother of the tables."
 
     metadata = MetaData(naming_convention=NAMES)
-    type_annotation_map = {pd.Timestamp: UTC(), list[float]: JSON(none_as_null=True)}  # noqa: RUF012
+    type_annotation_map = {pd.Timestamp: UTC(), float: Number(), list[float]: Numbers()}  # noqa: RUF012
 
     def __repr__(self) -> str:
         seen = [column.key for column in self.__table__.columns if column.key not in UNSEEN]
@@ -192,7 +219,7 @@ TROUBLES = {
     "busy": "has no free connection; try again in a moment, or allow it more of them",
     "outdated": "has not got the tables that this program needs; run migrate(engine), which mkrich serve does when it starts",
     "conflict": "holds a row that excludes this one; look at what is there first",
-    "unfit": "cannot hold such a value; numbers are finite and texts have no NUL character",
+    "unfit": "cannot hold such a value; whole numbers have 64 bits at most, and texts are Unicode without NUL",
 }
 
 SQLITE_CODES = {
@@ -217,6 +244,10 @@ def _reason(error: Any) -> str:
         return SQLITE_CODES.get("_".join(name.split("_")[:2]), "")
     if code := getattr(error, "sqlstate", None):
         return next((POSTGRESQL_CODES[code[:n]] for n in (5, 3, 2) if code[:n] in POSTGRESQL_CODES), "")
+    if isinstance(error, OverflowError | UnicodeError) or type(error).__name__ == "DataError":
+        return "unfit"
+    if type(error).__name__ == "ProgrammingError":
+        return ""
     if "too many clients" in words:
         return "busy"
     return "refused" if "authentication failed" in words or "does not exist" in words or "no password" in words else "unreachable"
@@ -235,11 +266,12 @@ def _in_words(engine: Engine) -> Iterator[None]:
         yield
     except PoolTimeout:
         raise StoreError(f"{_place(engine.url)} {TROUBLES['busy']}", "database_busy") from None
+    except (OverflowError, UnicodeError):
+        raise StoreError(f"{_place(engine.url)} {TROUBLES['unfit']}", "database_unfit") from None
     except StatementError as e:
         if isinstance(e.orig, MakeUsRichError):
             raise e.orig from None
-        reason = _reason(e.orig) if isinstance(e, DBAPIError) else "unfit"
-        if reason:
+        if reason := _reason(e.orig):
             raise StoreError(f"{_place(engine.url)} {TROUBLES[reason]}", f"database_{reason}") from None
         code = getattr(e.orig, "sqlite_errorname", None) or getattr(e.orig, "sqlstate", None) or type(e.orig).__name__
         raise StoreError(f"{_place(engine.url)} failed with code {code}; look it up in the log of the database", "database_failed") from None
@@ -296,7 +328,6 @@ def connect(url: str, wait: float = 5.0, connections: int = 10) -> Engine:
         pool_pre_ping=not on_file,
         hide_parameters=True,
         connect_args={"timeout": wait} if on_file else {"connect_timeout": max(round(wait), 2)},
-        json_serializer=partial(json.dumps, allow_nan=False),
     )
     event.listen(engine, "connect", _greet_sqlite if on_file else partial(_greet_postgresql, wait=wait))
     return engine
@@ -341,7 +372,7 @@ def alembic_config(connection: Connection) -> "Config":
     from alembic.config import Config
 
     config = Config(stdout=io.StringIO())
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", "make_us_rich:migrations")
     config.attributes["connection"] = connection
     return config
 

@@ -41,7 +41,7 @@ def next_returns(frame: pd.DataFrame, rows: np.ndarray, interval: str | Interval
 def scorable_rows(
     frame: pd.DataFrame, rows: np.ndarray, interval: str | Interval = "1h", window: int = 840, steps: int = 120
 ) -> np.ndarray:
-    "Those of `rows` with `window` candles up to and including the row, no gap inside the last `steps` of them, and an adjacent next candle."
+    "Those of `rows` with `window` candles up to the row, no gap inside the last `steps` of them, and an adjacent next candle."
     rows = np.asarray(rows, dtype=int)
     broken = np.isnan(_returns(frame, interval))  # row i does not follow on row i-1
     count = np.append(0, np.cumsum(broken))  # breaks in rows < i
@@ -161,9 +161,15 @@ class Verdict:
         return {"passed": self.passed, "reasons": self.reasons, "checks": checks}
 
     def _repr_markdown_(self) -> str:
-        head = f"**Passed**: all {len(self.checks)} checks hold." if self.passed else f"**Refused**: {len(self.reasons)} of {len(self.checks)} checks failed."
+        n, failed = len(self.checks), len(self.reasons)
+        head = f"**Passed**: all {n} checks hold." if self.passed else f"**Refused**: {failed} of {n} checks failed."
         rows = [f"| {'✓' if c.passed else '✗'} | {c.name} | {c.rule} | {c.sentence} |" for c in self.checks]
         return "\n".join([head, "", "| | check | rule | found |", "|---|---|---|---|", *rows])
+
+# %% ../nbs/08_evaluation.ipynb #ca6bc72f
+def _check(name: str, passed: bool, value: float, rule: str, good: str, bad: str) -> Check:
+    "A check whose sentence is `good` or `bad`."
+    return Check(name, bool(passed), float(value), rule, good if passed else bad)
 
 # %% ../nbs/08_evaluation.ipynb #a12e9594
 class Peer(Protocol):
@@ -281,7 +287,8 @@ def _known_rows(z: np.ndarray, now: int, history: int) -> np.ndarray:
     rows = np.arange(max(240, now - history), now)
     rows = rows[np.isfinite(z[rows])]
     if len(rows) < 240:
-        raise CandleError(f"HAR-t needs 240 outcomes after its warm-up of 240 candles, not {len(rows)}; fit it on a longer history", "short_history")
+        found = f"HAR-t needs 240 outcomes after its warm-up of 240 candles, not {len(rows)}"
+        raise CandleError(f"{found}; fit it on a longer history", "short_history")
     return rows
 
 
@@ -346,11 +353,13 @@ def _future_effect(
 def _shape_checks(Q: np.ndarray) -> list[Check]:
     "Finite numbers; quantiles that rise with their level, with a 95 % range that is not empty."
     n, bad = len(Q), int((~np.isfinite(Q)).any(axis=1).sum())
-    found = f"All {n} forecasts are finite." if not bad else f"{bad} of {n} forecasts are not finite; look at the training loss and the candles of those hours."
-    finite = Check("finite", n > 0 and bad == 0, float(bad), "every quantile is a finite number", found if n else "There is no forecast to judge.")
     crossed = int(((np.diff(Q, axis=1) < 0).any(axis=1) | ~(Q[:, -1] > Q[:, 0])).sum())
-    found = f"All {n} forecasts are in order." if not crossed else f"{crossed} of {n} forecasts cross or are empty; use a head that is monotone by construction."
-    return [finite, Check("monotone", crossed == 0, float(crossed), "quantiles rise with their level", found)]
+    wrong = f"{bad} of {n} forecasts are not finite; look at the training loss and the candles of those hours."
+    tangled = f"{crossed} of {n} forecasts cross or are empty; use a head that is monotone by construction."
+    return [
+        _check("finite", n > 0 and bad == 0, bad, "every quantile is a finite number", f"All {n} forecasts are finite.", wrong),
+        _check("monotone", crossed == 0, crossed, "quantiles rise with their level", f"All {n} forecasts are in order.", tangled),
+    ]
 
 # %% ../nbs/08_evaluation.ipynb #a9105c9b
 def check_peer(peer: Peer) -> Verdict:
@@ -359,12 +368,13 @@ def check_peer(peer: Peer) -> Verdict:
     rows = np.arange(end, 899)
     Q = peer.fit(frame, end).quantiles(frame, rows)
     right = Q.shape == (len(rows), len(LEVELS))
-    shape = Check("shape", right, None, "one row of 21 quantiles per row asked", f"{len(rows)} rows asked, the answer has the shape {Q.shape}.")
+    found = f"{len(rows)} rows asked, the answer has the shape {Q.shape}."
+    shape = Check("shape", right, None, "one row of 21 quantiles per row asked", found)
     if not right:
         return Verdict([shape])
     effect = _future_effect(lambda other, r: peer.fit(other, end).quantiles(other, r), frame, rows, Q, [0, 60, 170, -1])
-    said = "Cutting off or altering the future changes nothing." if effect <= 1e-9 else f"Altering the future moved a forecast by {effect:.3g} of its range."
-    return Verdict([shape, *_shape_checks(Q), Check("causal", effect <= 1e-9, effect, "the future does not change a forecast", said)])
+    good, bad = "Altering the future changes nothing.", f"Altering the future moved a forecast by {effect:.3g} of its range."
+    return Verdict([shape, *_shape_checks(Q), _check("causal", effect <= 1e-9, effect, "the future does not change a forecast", good, bad)])
 
 # %% ../nbs/08_evaluation.ipynb #99669c37
 def forecast_returns(
@@ -375,7 +385,8 @@ def forecast_returns(
 
     rows = np.asarray(rows, dtype=int)
     if len(rows) and rows.min() < forecaster.window - 1:
-        raise CandleError(f"a window of {forecaster.window} candles does not fit before row {rows.min()}; fetch a longer history", "short_history")
+        found = f"a window of {forecaster.window} candles does not fit before row {rows.min()}"
+        raise CandleError(f"{found}; fetch a longer history", "short_history")
     values, times = frame[VALUE_COLUMNS].to_numpy(float), frame["timestamp"].astype("int64").to_numpy()
     widths, Q = np.broadcast_to(np.asarray(width, dtype=float), rows.shape), np.empty((len(rows), len(LEVELS)))
     forecaster.eval()
@@ -426,15 +437,18 @@ class Scores:
         return [{str(k): None if v != v else v for k, v in row.items()} for row in rows]
 
     def _repr_markdown_(self) -> str:
-        head = ["model", "CRPS bp", "CRPS / base", "t", "MAE / naive", "RMSE / naive", "direction right", "50 %", "80 %", "95 %", "80 % width"]
+        head = ["model", "CRPS bp", "CRPS / base", "t", "MAE / naive", "RMSE / naive", "direction right"]
+        head += [*(f"{percent} %" for percent in RANGES), "80 % width"]
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in self.table.reset_index().to_dict("records"):
-            hit = f"{_percent(row['hit'])} [{row['hit_low'] * 100:.1f}, {row['hit_high'] * 100:.1f}]" if row["hit"] == row["hit"] else "names none"
-            cells = [row["model"], f"{row['crps_bp']:.2f}", f"{row['crps/base']:.4f}", f"{row['dm_t']:+.1f}", f"{row['mae/naive']:.4f}", f"{row['rmse/naive']:.4f}", hit]
-            cells += [_percent(row[f"cov{percent}"]) for percent in RANGES] + [f"{row['width80_bp']:.0f} bp"]
+            cells = [row["model"], f"{row['crps_bp']:.2f}", f"{row['crps/base']:.4f}", f"{row['dm_t']:+.1f}"]
+            cells += [f"{row['mae/naive']:.4f}", f"{row['rmse/naive']:.4f}"]
+            named = row["hit"] == row["hit"]  # NaN where the model names no direction
+            cells += [f"{_percent(row['hit'])} [{row['hit_low'] * 100:.1f}, {row['hit_high'] * 100:.1f}]" if named else "names none"]
+            cells += [*(_percent(row[f"cov{percent}"]) for percent in RANGES), f"{row['width80_bp']:.0f} bp"]
             lines.append("| " + " | ".join(cells) + " |")
-        n = int(self.table["n"].iloc[0])
-        return "\n".join([*lines, "", f"{n} hours. Below 1 is better; t < -1.64 means better than the base and not by chance. 50, 80, 95 %: share of hours inside that range."])
+        note = "Below 1 is better; t < -1.64: better than the base, and hardly by chance. 50, 80, 95 %: share of hours inside that range."
+        return "\n".join([*lines, "", f"{int(self.table['n'].iloc[0])} hours. {note}"])
 
 # %% ../nbs/08_evaluation.ipynb #746c349c
 def _score(y: np.ndarray, Q: np.ndarray, base_crps: np.ndarray) -> dict[str, float]:
@@ -463,7 +477,8 @@ def evaluate(frame: pd.DataFrame, rows: np.ndarray, forecasts: Mapping[str, np.n
     y = next_returns(frame, rows, interval)
     known = np.isfinite(y)
     if not known.any():
-        raise CandleError(f"scores need hours whose next candle is known, but none of the {len(rows)} rows has one; score earlier rows", "short_history")
+        found = f"scores need hours whose next candle is known, but none of the {len(rows)} rows has one"
+        raise CandleError(f"{found}; score earlier rows", "short_history")
     peers = {peer.name: peer.quantiles(frame, rows) for peer in (Base(interval), Naive(interval))}
     base_crps = crps(y[known], peers["base"][known])
     scores = {name: _score(y[known], Q[known], base_crps) for name, Q in {**forecasts, **peers}.items()}
@@ -475,35 +490,34 @@ def _skill_checks(y: np.ndarray, Q: np.ndarray, base: np.ndarray, width: np.ndar
     losses, reference = crps(y, Q), crps(y, base)
     t, gain = dm_test(losses - reference)[0], losses.mean() / reference.mean() - 1
     found = f"The CRPS is {_percent(abs(gain))} {'below' if gain < 0 else 'above'} the base's over {len(y)} hours, t = {t:.2f}"
-    remedy = "." if t < -1.64 else "; that is no proof of skill: keep the champion, or train on a longer history."
-    checks = [Check("beats_base", t < -1.64, t, "one-sided DM t < -1.64 on CRPS", found + remedy)]
+    no_proof = f"{found}; that is no proof of skill: keep the champion, or train on a longer history."
+    checks = [_check("beats_base", t < -1.64, t, "one-sided DM t < -1.64 on CRPS", f"{found}.", no_proof)]
     for percent, low, high in ((80, 0.75, 0.85), (95, 0.925, 0.975)):
         share = coverage(y, widen(Q, width), percent)
-        good = low <= share <= high
-        remedy = "." if good else f"; its ranges are too {'narrow' if share < low else 'wide'}: keep the champion, or train on newer hours."
-        found = f"The {percent} % range held {_percent(share)} of the hours{remedy}"
-        checks.append(Check(f"coverage_{percent}", good, share, f"{_percent(low)} to {_percent(high)} inside the {percent} % range", found))
-    mean = float(width.mean())
-    good = 0.75 <= mean <= 1.33
-    remedy = "." if good else f"; the model's own ranges are too {'wide' if mean < 1 else 'narrow'}: check its training."
-    checks.append(Check("width", good, mean, "mean online width 0.75 to 1.33", f"The online calibration multiplied the width by {mean:.2f} on average{remedy}"))
-    return checks
+        rule = f"{_percent(low)} to {_percent(high)} inside the {percent} % range"
+        found = f"The {percent} % range held {_percent(share)} of the hours"
+        off = f"{found}; it is too {'narrow' if share < low else 'wide'}: keep the champion, or train on newer hours."
+        checks.append(_check(f"coverage_{percent}", low <= share <= high, share, rule, f"{found}.", off))
+    mean = width.mean()
+    found = f"The online calibration multiplied the width by {mean:.2f} on average"
+    off = f"{found}; the model's own ranges are too {'wide' if mean < 1 else 'narrow'}: check its training."
+    return [*checks, _check("width", 0.75 <= mean <= 1.33, mean, "mean online width 0.75 to 1.33", f"{found}.", off)]
 
 # %% ../nbs/08_evaluation.ipynb #68c3c37e
 def _prefix_check(forecaster: Any, frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> Check:
     "Forecast again without the future; `forecaster` is a torch forecaster or a function (frame, rows) -> Q."
     forecast = partial(forecast_returns, forecaster) if hasattr(forecaster, "window") else forecaster
     effect = _future_effect(forecast, frame, rows, Q, [0, len(rows) // 2, -1])
-    good = effect <= 1e-5
-    bad = f"A forecast moved by {effect:.2g} of its 95 % range when its future was cut off or altered: something looks ahead; do not use this model."
-    return Check("prefix_invariance", good, effect, "the future moves no forecast by more than 1e-5 of its range", "The future changes no forecast." if good else bad)
+    bad = f"A forecast moved by {effect:.2g} of its 95 % range without its future: something looks ahead; do not use this model."
+    rule = "the future moves no forecast by more than 1e-5 of its range"
+    return _check("prefix_invariance", effect <= 1e-5, effect, rule, "The future changes no forecast.", bad)
 
 
 def _parity_check(parity: float) -> Check:
     "The exported graph against torch, as measured by the export."
-    good = bool(parity <= 1e-5)
+    good = f"The exported graph agrees with torch to {parity:.1g}."
     bad = f"The exported graph differs from torch by {parity:.2g}; do not publish it, report the versions of torch and onnx."
-    return Check("onnx_parity", good, float(parity), "ONNX and torch differ by at most 1e-5", f"The exported graph agrees with torch to {parity:.1g}." if good else bad)
+    return _check("onnx_parity", parity <= 1e-5, parity, "ONNX and torch differ by at most 1e-5", good, bad)
 
 # %% ../nbs/08_evaluation.ipynb #ef956eab
 def gate(
@@ -520,8 +534,8 @@ def gate(
     rows, checks = np.asarray(rows, dtype=int), _shape_checks(Q)
     known = np.isfinite(next_returns(frame, rows, interval))
     n = int(known.sum())
-    found = f"{min(n, hours)} hours were scored." if n >= hours else f"Only {n} hours could be scored, {hours} make a fair judgement; fetch a longer history."
-    checks.append(Check("enough_hours", n >= hours, float(n), f"at least {hours} scored hours", found))
+    few = f"Only {n} hours could be scored, {hours} make a fair judgement; fetch a longer history."
+    checks.append(_check("enough_hours", n >= hours, n, f"at least {hours} scored hours", f"{min(n, hours)} hours were scored.", few))
     if all(check.passed for check in checks[:2]) and n:
         width = online_width(frame, rows, Q, interval)
         scored = np.flatnonzero(known)[-hours:]
@@ -551,16 +565,25 @@ def _figure(columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
     return figure, axes
 
 
-def _price_axis(ax: Any, pair: str) -> None:
+def _title(ax: Any, pair: str, finding: str) -> None:
+    ax.set_title(f"{pair}: {finding}" if pair else finding, loc="left", fontsize=10)
+
+
+def _price_axes(ax: Any, pair: str) -> None:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(maxticks=8)
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     ax.set_ylabel(f"price in {pair.split('_')[-1]}" if pair else "price", fontsize=9)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     ax.set_xlabel("UTC", fontsize=9, loc="left")
 
 # %% ../nbs/08_evaluation.ipynb #80e8a3bb
-def plot_test_span(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, hours: int = 168, interval: str | Interval = "1h", pair: str = "") -> "Figure":
+def plot_test_span(
+    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, hours: int = 168, interval: str | Interval = "1h", pair: str = ""
+) -> "Figure":
     "Closes of the last `hours` scored rows in their 50, 80 and 95 % ranges, misses marked."
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
     step, rows = Interval.parse(interval), np.asarray(rows, dtype=int)
     known = np.flatnonzero(np.isfinite(next_returns(frame, rows, step)))[-hours:]
     rows, Q = rows[known], Q[known]
@@ -577,12 +600,9 @@ def plot_test_span(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, hours: 
         out = prices[(prices["came"] < prices[low]) | (prices["came"] > prices[high])]
         ax.scatter(out.index, out["came"], s=size, color=colour, zorder=3, label=f"outside {percent} %: {len(out)}")
     held = coverage(np.log(came / last), Q, 80)
-    ax.set_title(f"{pair + ': ' if pair else ''}the 80 % range held {_percent(held, 0)} of the last {len(rows)} hours", loc="left", fontsize=10)
-    locator = AutoDateLocator(maxticks=8)
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    _title(ax, pair, f"the 80 % range held {_percent(held, 0)} of the last {len(rows)} hours")
     ax.legend(fontsize=8, frameon=False, ncols=3)
-    _price_axis(ax, pair)
+    _price_axes(ax, pair)
     return figure
 
 # %% ../nbs/08_evaluation.ipynb #08c0c2e9
@@ -609,8 +629,8 @@ def plot_calibration(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, inter
     right.set_ylabel("observed coverage, %", fontsize=9)
     right.legend(fontsize=8, frameon=False)
     worst = np.abs(observed - promised).max()
-    left.set_title(f"{pair + ': ' if pair else ''}{len(y)} hours", loc="left", fontsize=10)
-    right.set_title(f"ranges are off by {worst:.1f} points at most", loc="left", fontsize=10)
+    _title(left, pair, f"{len(y)} hours")
+    _title(right, "", f"ranges are off by {worst:.1f} points at most")
     return figure
 
 # %% ../nbs/08_evaluation.ipynb #8a0cf2b6
@@ -623,7 +643,8 @@ def plot_skill(scores: Scores, pair: str = "") -> "Figure":
     colours = np.where(ratio + error < 1, _BLUE, np.where(ratio - error > 1, _RED, _GREY))
     for i, colour in enumerate(colours):
         ax.errorbar(ratio[i], i, xerr=error[i], fmt="o", color=colour, markersize=6, capsize=3, linewidth=1.4)
-        ax.annotate(f"{ratio[i]:.3f}", (ratio[i], i), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=colour, backgroundcolor="white")
+        style = {"ha": "center", "fontsize": 8, "color": colour, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        ax.annotate(f"{ratio[i]:.3f}", (ratio[i], i), textcoords="offset points", xytext=(0, 8), **style)
     ax.axvline(1, color="black", linewidth=0.9)
     ax.set_yticks(range(len(table)), table.index, fontsize=9)
     ax.set_ylim(-0.6, len(table) - 0.4)
@@ -631,14 +652,14 @@ def plot_skill(scores: Scores, pair: str = "") -> "Figure":
     best = table["crps/base"].idxmin()
     gain = 1 - table["crps/base"].min()
     finding = f"{best} is {_percent(gain)} better than the base" if gain > 0 else "nothing here beats the base"
-    ax.set_title(f"{pair + ': ' if pair else ''}{finding} over {int(table['n'].iloc[0])} hours", loc="left", fontsize=10)
+    _title(ax, pair, f"{finding} over {int(table['n'].iloc[0])} hours")
     return figure
 
 # %% ../nbs/08_evaluation.ipynb #0aa9271b
-def plot_forecast(frame: pd.DataFrame, prices: np.ndarray, hours: int = 48, interval: str | Interval = "1h", pair: str = "") -> "Figure":
+def plot_forecast(
+    frame: pd.DataFrame, prices: np.ndarray | list[float], hours: int = 48, interval: str | Interval = "1h", pair: str = ""
+) -> "Figure":
     "The last `hours` candles and the price quantiles [21] of the next close."
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
     tail, delta = frame.iloc[-hours:], Interval.parse(interval).delta
     figure, ax = _figure(height=3.4)
     for rises, colour in ((True, _BLUE), (False, _RED)):
@@ -652,11 +673,7 @@ def plot_forecast(frame: pd.DataFrame, prices: np.ndarray, hours: int = 48, inte
         ax.bar(target, prices[high] - prices[low], delta * 1.6, prices[low], color=_ORANGE, alpha=shade + 0.15, label=f"{percent} % range")
     ax.hlines(prices[MEDIAN], target - delta, target + delta, color="black", linewidth=1.4, label="median")
     low, high = RANGES[80]
-    title = f"{pair + ': ' if pair else ''}next close between {prices[low]:,.6g} and {prices[high]:,.6g} with 80 % probability"
-    ax.set_title(title, loc="left", fontsize=10)
-    locator = AutoDateLocator(maxticks=8)
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    _title(ax, pair, f"next close between {prices[low]:,.6g} and {prices[high]:,.6g} with 80 % probability")
     ax.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
-    _price_axis(ax, pair)
+    _price_axes(ax, pair)
     return figure

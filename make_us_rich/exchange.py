@@ -257,14 +257,13 @@ def _cut(frame: pd.DataFrame, report: CandleReport, step: Interval) -> tuple[pd.
 def _period(
     wire: _Wire, pair: Pair, step: Interval, start: pd.Timestamp, end: pd.Timestamp | None, progress: Progress | None
 ) -> tuple[pd.DataFrame, CandleReport, pd.Timestamp]:
-    "All closed candles that open from `start` to `end`, both included."
+    "All closed candles that open at `start` or later and have closed by `end`."
     pages: list[pd.DataFrame] = []
     cursor = start = start.ceil(step.delta)
     while True:
-        limit = MOST if end is None else min(MOST, max(1, _steps(cursor, end, step)))
+        limit = MOST if end is None else min(MOST, max(1, _steps(cursor, end, step) - 1))
         page = _page(wire, pair, step, limit, startTime=max(1, _ms(cursor)))
-        last = step.floor(page.now) - step.delta
-        last = last if end is None else min(last, step.floor(end))
+        last = step.floor(page.now if end is None else min(page.now, end)) - step.delta
         span = page.span()
         if span is None or span[1] < cursor:
             if last < cursor:
@@ -272,7 +271,7 @@ def _period(
             if span is not None:
                 _withheld(wire, pair, _count([*pages, page.rows]), _steps(start, last, step))
             _nothing_more(wire, pair, step, cursor, _count(pages), _steps(start, last, step))
-        if span[0] > cursor and _has_between(wire, pair, step, cursor, span[0]):
+        if step.floor(span[0]) > cursor and _has_between(wire, pair, step, cursor, span[0]):
             _withheld(wire, pair, _count([*pages, page.rows]), _steps(start, last, step))
         start = span[0] if _ms(start) <= 0 else start  # from the first candle there is
         pages.append(page.rows)
@@ -325,6 +324,13 @@ def _when(value: str | date, name: str) -> pd.Timestamp:
         raise SettingsError(f"{name} is a date such as 2023-12-31 or 2023-12-31T23:00Z, not {value!r}; write it that way") from None
     return when
 
+
+def _checked(found: tuple[pd.DataFrame, CandleReport, pd.Timestamp], step: Interval) -> pd.DataFrame:
+    frame, report, now = found
+    frame = check_candles(frame, step)
+    frame.attrs.update(report=report, now=now)
+    return frame
+
 # %% ../nbs/02_exchange.ipynb #879485e8
 class BinanceClient:
     "Closed candles from an exchange that speaks Binance's market-data API; the host of the settings unless `base_url` names another."
@@ -363,7 +369,7 @@ class BinanceClient:
         compare: str | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        "Closed candles that open from `start` (None: the first there is) to `end` (None: the newest), both included."
+        "Closed candles that open at `start` or later (None: from the first) and have closed by `end` (None: by now, at the exchange)."
         pair, step = Pair.parse(symbol, compare), Interval.parse(interval)
         first = pd.Timestamp(0, tz="UTC") if start is None else _when(start, "start")
         stop = None if end is None else _when(end, "end")
@@ -386,10 +392,3 @@ class BinanceClient:
             first = utc_iso(frame["timestamp"].iloc[0])
             raise CandleError(f"need {rows:,} closed candles, have {len(frame):,}: {pair} begins {first}; ask for a shorter period", "short_history")
         return frame
-
-
-def _checked(found: tuple[pd.DataFrame, CandleReport, pd.Timestamp], step: Interval) -> pd.DataFrame:
-    frame, report, now = found
-    frame = check_candles(frame, step)
-    frame.attrs.update(report=report, now=now)
-    return frame

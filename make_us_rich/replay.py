@@ -35,7 +35,7 @@ class ReplayClock:
     "The replay's time: set it, advance it, or let it run at `speed` simulated seconds per second; safe between threads."
 
     def __init__(self, now: str | datetime | pd.Timestamp, speed: float = 0.0) -> None:
-        self._lock, self.speed = threading.Lock(), speed
+        self._lock, self._speed = threading.Lock(), speed
         self.set(now)
 
     def set(self, now: str | datetime | pd.Timestamp, speed: float | None = None) -> None:
@@ -44,12 +44,17 @@ class ReplayClock:
         time_ = time_.tz_localize("UTC") if time_.tz is None else time_.tz_convert("UTC")
         with self._lock:
             self._start, self._real = time_, time.monotonic()
-            self.speed = self.speed if speed is None else speed
+            self._speed = self._speed if speed is None else speed
 
     def now(self) -> pd.Timestamp:
         "The simulated time, UTC."
         with self._lock:
-            return self._start + pd.Timedelta(seconds=(time.monotonic() - self._real) * self.speed)
+            return self._start + pd.Timedelta(seconds=(time.monotonic() - self._real) * self._speed)
+
+    @property
+    def speed(self) -> float:
+        "Simulated seconds per real second; `set` changes it."
+        return self._speed
 
     def advance(self, delta: str | pd.Timedelta) -> pd.Timestamp:
         "Move the clock by `delta`, such as `1h`; returns the new time."
@@ -343,6 +348,13 @@ def _server(app: FastAPI, **options: Any) -> uvicorn.Server:
     )
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as e:
+        raise SettingsError(f"the replay cannot listen on {host}:{port} ({e.strerror}); choose another port, or 0 for any free one") from None
+
+
 class ReplayServer:
     "A replay exchange on 127.0.0.1, in a thread, for the length of a `with` block."
 
@@ -359,8 +371,9 @@ class ReplayServer:
         self._app = create_replay(frames, interval, self.clock, label=label)
         self._port = port
 
-    def __enter__(self) -> "ReplayServer":
-        self._socket = socket.create_server(("127.0.0.1", self._port))
+    def start(self) -> "ReplayServer":
+        "Listen, and return once the server answers."
+        self._socket = _listen("127.0.0.1", self._port)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._uvicorn = _server(self._app, timeout_graceful_shutdown=1)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._socket]}, daemon=True)
@@ -369,10 +382,17 @@ class ReplayServer:
             time.sleep(0.005)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        "Close the port and end the thread."
         self._uvicorn.should_exit = True
         self._thread.join()
         self._socket.close()
+
+    def __enter__(self) -> "ReplayServer":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def faults(self) -> Faults:
@@ -400,4 +420,6 @@ def serve_replay(
 ) -> None:
     "Run a replay exchange until the process is told to stop."
     clock = ReplayClock(default_now(frames, interval) if now is None else now, speed)
-    _server(create_replay(frames, interval, clock, label=label, control=host in ("127.0.0.1", "localhost", "::1")), host=host, port=port).run()
+    app = create_replay(frames, interval, clock, label=label, control=host in ("127.0.0.1", "localhost"))
+    with _listen(host, port) as listener:
+        _server(app).run(sockets=[listener])

@@ -28,10 +28,11 @@ from make_us_rich.candles import (
 )  # fmt: skip
 from .evaluation import HarT, Scores, Verdict, evaluate, forecast_returns, gate, online_width, scorable_rows, widen
 from .exchange import BinanceClient
+from .features import split
 from .forecasting import open_session
 from .model_store import DataSpan, Golden, Manifest, ModelStore
 from .replay import ReplayServer
-from .settings import LEVELS, CandleError, Settings, StoreError, get_settings, system_clock, utc_iso, write_atomic
+from .settings import LEVELS, CandleError, Settings, StoreError, get_settings, system_clock, write_atomic
 from .training import Recipe, TrainResult, load_recipe
 
 if TYPE_CHECKING:
@@ -116,8 +117,8 @@ def _settings(home: str, models_url: str) -> Settings:
     return get_settings(home=home, models_url=models_url or None)
 
 # %% ../nbs/12a_report.ipynb #dab56a63
-def plot_prices(run: Run, test_start: int | None = None) -> "Figure":
-    "Closes of the whole history; gaps as red ticks, rows from `test_start` on shaded."
+def plot_prices(run: Run) -> "Figure":
+    "Closes of the whole history; the test span shaded, gaps as red ticks."
     import matplotlib.pyplot as plt
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
@@ -125,12 +126,11 @@ def plot_prices(run: Run, test_start: int | None = None) -> "Figure":
     figure, ax = plt.subplots(figsize=(7.2, 2.8), layout="constrained", dpi=100)
     plt.close(figure)
     ax.plot(times, close, color="#1f5fbf", linewidth=0.8)
-    if test_start is not None:
-        ax.axvspan(times.iloc[test_start], times.iloc[-1], color="#e08a1e", alpha=0.15, label="test span")
+    test = split(len(run.frame), run.recipe.test_size, run.recipe.val_size, run.recipe.steps).test
+    ax.axvspan(times.iloc[test.start], times.iloc[-1], color="#e08a1e", alpha=0.15, label="test span")
     for i, gap in enumerate(run.report.gaps):
         ax.axvline(gap.start, color="#c8374b", linewidth=1, label="candles missing" if i == 0 else None)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.tick_params(labelsize=8, length=0)
@@ -172,7 +172,7 @@ class TestSpan:
 def walk_test_span(run: Run, result: TrainResult) -> TestSpan:
     "Forecast each scorable row of the test part with the trained model and its peers, and score them."
     part = result.split.test
-    rows = scorable_rows(run.frame, np.arange(part.start, part.stop - 1), run.interval, window=result.forecaster.window)
+    rows = scorable_rows(run.frame, np.arange(part.start, part.stop - 1), run.interval, window=_window(result))
     if not len(rows):
         raise CandleError(f"no hour of the test span of {run.pair} can be scored; fetch a longer history", "short_history")
     Q = forecast_returns(result.forecaster, run.frame, rows)
@@ -180,6 +180,10 @@ def walk_test_span(run: Run, result: TrainResult) -> TestSpan:
     har = HarT(run.interval)
     others = {har.name: har.fit(run.frame, int(rows[0])).quantiles(run.frame, rows)}
     return TestSpan(rows, Q, shown, evaluate(run.frame, rows, {f"recipe {run.recipe.name}": shown, **others}, run.interval))
+
+
+def _window(result: TrainResult) -> int:
+    return int(result.forecaster.window)  # type: ignore[arg-type]
 
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
@@ -222,7 +226,7 @@ def publish_or_refuse(run: Run, result: TrainResult, model: bytes, span: TestSpa
 
 def _manifest(run: Run, result: TrainResult, model: bytes, span: TestSpan, verdict: Verdict) -> Manifest:
     "The manifest of a candidate, as pure data."
-    window, frame = int(result.forecaster.window), run.frame
+    window, frame = _window(result), run.frame
     tail = frame.tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
     quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})

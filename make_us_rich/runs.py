@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def execute_child(spec_path: str) -> None:
     def report(**event: Any) -> None:
         events.write(json.dumps(event) + "\n")
 
+    warnings.filterwarnings("ignore", message="The specified file")  # papermill wonders about the name .part
     import papermill
     from papermill.engines import papermill_engines
 

@@ -1,12 +1,17 @@
 """Faults of the market, end to end: replay server over HTTP -> python-binance -> BinanceClient -> CandleStore (cases of FAULTS.md)."""
 
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from make_us_rich.candle_store import CandleStore
 from make_us_rich.candles import VALUE_COLUMNS, content_hash, fake_candles
@@ -141,8 +146,6 @@ def test_F02_the_clock_of_this_machine_decides_nothing(exchange, shift):
 
 @pytest.mark.parametrize("skew", [90, -7200, 86_400])
 def test_F02_a_wrong_time_in_python_decides_nothing(client, exchange, monkeypatch, skew):
-    import time
-
     exchange.clock.set("2025-01-15 10:59:10")
     true = time.time
     monkeypatch.setattr(time, "time", lambda: true() + skew)
@@ -227,6 +230,30 @@ def test_F06_F08_F10_F11_odd_pages_give_the_same_candles(client, exchange, fault
     exchange.faults = Faults(**faults)
     same(client.newest(PAIR, "1h", 2500), closed().tail(2500))
     same(client.get_data(PAIR, start="2024-08-01", end="2024-12-24T14:00"), part("2024-08-01", "2024-12-24 13:00"))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 1500),
+    cap=st.integers(90, 1000),
+    overlap=st.integers(0, 20),
+    unit=st.sampled_from(["ms", "us", "mixed"]),
+    shuffle=st.booleans(),
+    gaps=st.lists(st.tuples(st.integers(2, 1400), st.integers(0, 40)), max_size=4),
+    minute=st.integers(0, 59),
+)
+def test_any_mixture_of_odd_pages_and_gaps_gives_exactly_the_truth(client, exchange, rows, cap, overlap, unit, shuffle, gaps, minute):
+    now = NOW.floor("1h") + pd.Timedelta(minutes=minute)
+    exchange.clock.set(now)
+    spans = [(now.floor("1h") - (back + length) * HOUR, now.floor("1h") - back * HOUR) for back, length in gaps]
+    drop = [(str(first), str(last)) for first, last in spans]
+    exchange.faults = Faults(page_cap=cap, overlap_rows=overlap, unit=unit, shuffle=shuffle, drop=drop)
+    truth = closed(now)
+    for first, last in spans:
+        truth = truth[~truth["timestamp"].between(first, last)]
+    same(client.newest(PAIR, "1h", rows), truth.tail(rows))
+    start = now.floor("1h") - rows * HOUR
+    same(client.get_data(PAIR, start=start), truth[truth["timestamp"] >= start])
 
 
 def test_F06_repeated_rows_are_counted_and_stored_once(client, exchange, store):
@@ -431,8 +458,6 @@ def test_a_ban_or_a_long_wait_is_not_answered_by_another_call(client, exchange, 
 
 @pytest.mark.parametrize("faults", [{"delay": 5.0}, {"drip": 0.05}], ids=str)
 def test_F17_a_hanging_or_dripping_answer_ends(exchange, faults):
-    import time
-
     exchange.faults = Faults(**faults, times=99)
     client, started = BinanceClient(exchange.url, timeout=0.3), time.monotonic()
     with pytest.raises(ExchangeError, match="is unavailable: it did not answer in time"):
@@ -468,8 +493,6 @@ def test_wrong_questions_are_refused_in_one_sentence(client):
 
 
 def test_the_replay_stops_cleanly_and_a_new_one_may_take_its_port():
-    import threading
-
     before = threading.active_count()
     with ReplayServer({PAIR: TRUTH.head(50)}) as first:
         BinanceClient(first.url).now()
@@ -493,3 +516,35 @@ def test_the_replay_pages_as_binance_does(exchange, client):
     assert ask(limit=3, endTime=opens[10]) == opens[8:11]
     assert ask(startTime=opens[10], endTime=opens[12]) == opens[10:13]
     assert ask(startTime=opens[newest] + 1) == []
+
+
+SERVE = """
+import sys
+from make_us_rich.candles import SAMPLE_LABEL, load_sample
+from make_us_rich.replay import serve_replay
+serve_replay({"BTC_USDT": load_sample("BTC_USDT")}, port=int(sys.argv[1]), speed=3600, label=SAMPLE_LABEL)
+"""
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_serve_replay_plays_in_the_foreground_until_it_is_told_to_stop():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not listens(port):
+            time.sleep(0.1)
+        client = BinanceClient(f"http://127.0.0.1:{port}")
+        first = client.now()
+        assert client.source == "historical sample"
+        time.sleep(0.2)
+        assert client.now() - first > pd.Timedelta("5min")
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert "Traceback" not in errors
