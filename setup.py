@@ -40,7 +40,7 @@ setuptools.setup(
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Developers"],
     python_requires=f">={cfg['min_python']}",
     packages=setuptools.find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "sample/*"]},
+    package_data={cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in EXTRAS},
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

@@ -18,7 +18,9 @@ from make_us_rich.evaluation import HarT, evaluate, forecast_returns, scorable_r
 from make_us_rich.training import load_recipe, training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = ["BTCUSDT-1h", "SOLUSDT-1h", "ETHUSDT-1h.2017-2022", "LTCUSDT-1h", "ADAUSDT-1h", "ETCUSDT-1h", "XLMUSDT-1h", "BNBUSDT-1h", "DOTUSDT-1h"]
+DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+NAMES = ("BTCUSDT-1h", "SOLUSDT-1h", "LTCUSDT-1h", "ADAUSDT-1h", "ETCUSDT-1h", "XLMUSDT-1h", "BNBUSDT-1h", "DOTUSDT-1h")
+PAIRS = [*NAMES, "ETHUSDT-1h.2017-2022"]
 HOURS = 8_760
 
 
@@ -45,7 +47,8 @@ def fit_and_score(frame: pd.DataFrame, recipe_name: str, peers: bool = True, **o
 def line(pair: str, scores: pd.Series, cpu: float, har: float) -> dict[str, object]:
     "One line of the table in words that the reader knows."
     return {
-        "series": pair, "hours": int(scores["n"]), "CRPS/base": f"{scores['crps/base']:.4f}", "DM t": f"{scores['dm_t']:.1f}", "HAR-t CRPS/base": f"{har:.4f}",
+        "series": pair, "hours": int(scores["n"]), "CRPS/base": f"{scores['crps/base']:.4f}", "DM t": f"{scores['dm_t']:.1f}",
+        "HAR-t CRPS/base": f"{har:.4f}",
         "50 %": f"{scores['cov50']:.3f}", "80 %": f"{scores['cov80']:.3f}", "95 %": f"{scores['cov95']:.3f}",
         "hit rate [95 %]": f"{scores['hit']:.3f} [{scores['hit_low']:.3f}, {scores['hit_high']:.3f}]",
         "MAE/close": f"{scores['mae/naive']:.4f}", "RMSE/close": f"{scores['rmse/naive']:.4f}", "fit CPU s": f"{cpu:.1f}",
@@ -69,20 +72,22 @@ def run_default(data: Path) -> str:
     mean, wins = np.mean(ratios), sum(ratio < 1 for ratio in ratios)
     har = np.mean([float(str(row["HAR-t CRPS/base"])) for row in lines])
     reached = "reached" if mean <= 0.985 and wins == len(ratios) else "NOT reached"
-    return f"{markdown(lines)}\n\nMean CRPS/base {mean:.4f} (HAR-t {har:.4f}), below 1 on {wins} of {len(ratios)} series. Goal (mean <= 0.985, each < 1): {reached}."
+    summary = f"Mean CRPS/base {mean:.4f} (HAR-t {har:.4f}), below 1 on {wins} of {len(ratios)} series."
+    return f"{markdown(lines)}\n\n{summary} Goal (mean <= 0.985, each < 1): {reached}."
 
 
 def run_original(data: Path) -> str:
     "The report's recipe on its own example file: its point forecast against the last close."
     table, cpu = fit_and_score(last_year(data / "BTCUSDT-1h.parquet"), "original", peers=False)
     row = table.loc["original"]
-    text = f"Recipe `original` on BTCUSDT, {int(row['n'])} hours: RMSE {row['rmse/naive']:.2f} times and MAE {row['mae/naive']:.2f} times that of the last close"
-    return f"{text}, CRPS {row['crps/base']:.2f} times the base's; hit rate {row['hit']:.3f}. Fit: {cpu:.0f} CPU s."
+    rmse, mae, crps = row["rmse/naive"], row["mae/naive"], row["crps/base"]
+    text = f"Recipe `original` on BTCUSDT, {int(row['n'])} hours: RMSE {rmse:.2f} times and MAE {mae:.2f} times that of the last close"
+    return f"{text}, CRPS {crps:.2f} times the base's; hit rate {row['hit']:.3f}. Fit: {cpu:.0f} CPU s."
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")), help="folder with the Parquet files")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the Parquet files")
     parser.add_argument("--original", action="store_true", help="the report's recipe instead; takes minutes")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results/accuracy*.md")
     asked = parser.parse_args()
@@ -94,4 +99,5 @@ if __name__ == "__main__":
         target = ROOT / "bench" / "results" / ("accuracy_original.md" if asked.original else "accuracy.md")
         target.parent.mkdir(exist_ok=True)
         command = "python bench/accuracy.py --save" + (" --original" if asked.original else "")
-        target.write_text(f"# Accuracy, measured {time.strftime('%Y-%m-%d')}\n\n`{command}` took {time.time() - start:.0f} s.\n\n{text}\n", encoding="utf-8")
+        title = f"# Accuracy, measured {time.strftime('%Y-%m-%d')}\n\n`{command}` took {time.time() - start:.0f} s."
+        target.write_text(f"{title}\n\n{text}\n", encoding="utf-8")

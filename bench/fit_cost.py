@@ -1,11 +1,11 @@
 """CPU seconds of two fits of one pair, side by side: python bench/fit_cost.py [--epochs N] [--save]
 
-The default recipe (three nets, dense chunks) against the report's recipe done the report's way: features row by row, a list of windows, a Dataset that converts
-each window anew, a DataLoader with batches of 64 for training and of 1 for validation. Both run in this process, on one thread, on the same candles.
+The default recipe (three nets, dense chunks) against the report's recipe done the report's way: features row by row, a list of windows,
+a Dataset that converts each window anew, a DataLoader with batches of 64 for training and of 1 for validation. Both run in this process,
+on one thread, on the same candles.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from accuracy import ROOT, last_year
+from accuracy import DATA, ROOT, last_year
 from sklearn.preprocessing import MinMaxScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -82,15 +82,16 @@ def original_way(frame: pd.DataFrame, epochs: int) -> tuple[float, float]:
     parts = torch.utils.data.Subset(windows, range(cut)), torch.utils.data.Subset(windows, range(cut, len(windows)))
     prepared = time.process_time()
     pl.seed_everything(42, verbose=False)
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, **silent)
     trainer.fit(ReportModule(), DataLoader(parts[0], 64), DataLoader(parts[1], 1))
     return prepared - start, (time.process_time() - prepared) / epochs
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")), help="folder with the Parquet files")
-    parser.add_argument("--epochs", type=int, default=EPOCHS_SEEN, help="epochs of the original to run; fewer are extrapolated to 15, and the text says so")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the Parquet files")
+    parser.add_argument("--epochs", type=int, default=EPOCHS_SEEN, help="epochs of the original to run; fewer are extrapolated to 15")
     parser.add_argument("--save", action="store_true", help="keep the text in bench/results/fit_cost.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,4 +111,5 @@ if __name__ == "__main__":
     if asked.save:
         target = ROOT / "bench" / "results" / "fit_cost.md"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(f"# Cost of a fit, measured {time.strftime('%Y-%m-%d')}\n\n`python bench/fit_cost.py --epochs {asked.epochs} --save`\n\n{text}\n", encoding="utf-8")
+        title = f"# Cost of a fit, measured {time.strftime('%Y-%m-%d')}\n\n`python bench/fit_cost.py --epochs {asked.epochs} --save`"
+        target.write_text(f"{title}\n\n{text}\n", encoding="utf-8")

@@ -46,7 +46,7 @@ class UTC(TypeDecorator[pd.Timestamp]):
         moment = pd.Timestamp(value)
         if moment.tzinfo is None:
             raise StoreError(f"a time in the database carries its zone, {value} has none; give it one, for example UTC", "database_unfit")
-        return moment.tz_convert("UTC").floor("us").to_pydatetime()
+        return moment.tz_convert("UTC").to_pydatetime(warn=False)  # nanoseconds are cut off
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         if value is None:
@@ -314,7 +314,7 @@ def _make_file(path: Path) -> None:
         raise StoreError(f"the database {path} cannot be made ({e.strerror}); set MUR_HOME or MUR_DATABASE_URL to another place") from None
 
 # %% ../nbs/11_database.ipynb #c2abc3c7
-def connect(url: str, wait: float = 5.0, connections: int = 10) -> Engine:
+def connect(url: str, wait: float = 5.0, connections: int = 5) -> Engine:
     "Engine for a SQLite file or a PostgreSQL server; `wait` seconds for a lock or a connection. Nothing is opened yet."
     read = _read_url(url)
     on_file = read.get_backend_name() == "sqlite"

@@ -9,6 +9,7 @@ __all__ = ['BIN_EDGES', 'next_returns', 'scorable_rows', 'pinball', 'crps', 'cov
            'plot_forecast']
 
 # %% ../nbs/08_evaluation.ipynb #5a01ba1e
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special, stats
 
 from .candles import VALUE_COLUMNS, Interval, fake_candles
 from .settings import LEVELS, MEDIAN, RANGES, CandleError
@@ -101,13 +101,13 @@ def hit_rate(y: np.ndarray, point: np.ndarray) -> HitRate:
     n = int(counts.sum())
     if n == 0:
         return HitRate(float("nan"), float("nan"), float("nan"), 0)
-    hits = stats.binomtest(int((np.sign(y) == np.sign(point))[counts].sum()), n)
-    interval = hits.proportion_ci(0.95, method="wilson")
-    return HitRate(float(hits.statistic), float(interval.low), float(interval.high), n)
+    share, z2 = float((np.sign(y) == np.sign(point))[counts].mean()), 1.96**2
+    centre, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n)
+    return HitRate(share, (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n), n)
 
 # %% ../nbs/08_evaluation.ipynb #b19ee25c
 def dm_test(d: np.ndarray, lag: int | None = None) -> tuple[float, float]:
-    "(t, two-sided p) that the mean of the loss difference d [n] is zero; HAC errors; t < 0: the first model is better."
+    "(t, two-sided p of the normal law) that the mean of the loss difference d [n] is zero; HAC errors; t < 0: the first is better."
     n = len(d)
     if n < 2:
         return 0.0, 1.0
@@ -119,7 +119,7 @@ def dm_test(d: np.ndarray, lag: int | None = None) -> tuple[float, float]:
     if variance <= 0:  # nothing varies, so nothing is proved
         return 0.0, 1.0
     t = float(d.mean() / np.sqrt(variance / n))
-    return t, float(2 * stats.t.sf(abs(t), n - 1))
+    return t, math.erfc(abs(t) / math.sqrt(2))
 
 # %% ../nbs/08_evaluation.ipynb #45551d7c
 def _percent(share: float, digits: int = 1) -> str:
@@ -270,6 +270,8 @@ def _har_inputs(frame: pd.DataFrame, interval: Interval) -> tuple[np.ndarray, np
 # %% ../nbs/08_evaluation.ipynb #9fb6a88a
 def _t_loss(p: np.ndarray, x: np.ndarray, z: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
     "Mean negative Student-t log-likelihood and its gradient; p = weights (the last one the constant), then the tail parameter."
+    from scipy import special  # here, since who only scores forecasts needs no scipy
+
     weights, nu = p[:-1], 2.1 + np.logaddexp(0, p[-1] + 1)
     log_sigma = x @ weights
     e2 = (z * np.exp(-log_sigma)) ** 2
@@ -294,6 +296,8 @@ def _known_rows(z: np.ndarray, now: int, history: int) -> np.ndarray:
 
 def _t_weights(x: np.ndarray, z: np.ndarray, known: np.ndarray, start: np.ndarray) -> np.ndarray:
     "Parameters of the largest penalised likelihood over the known rows."
+    from scipy import optimize
+
     return optimize.minimize(_t_loss, start, (x[known], z[known], 1e-3), "L-BFGS-B", jac=True, options={"maxiter": 100}).x
 
 # %% ../nbs/08_evaluation.ipynb #e9f4386e
@@ -608,6 +612,8 @@ def plot_test_span(
 # %% ../nbs/08_evaluation.ipynb #08c0c2e9
 def plot_calibration(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, interval: str | Interval = "1h", pair: str = "") -> "Figure":
     "PIT histogram in 20 equal bins, and observed against promised coverage of ten central ranges."
+    from scipy import stats
+
     y = next_returns(frame, rows, interval)
     y, Q = y[np.isfinite(y)], Q[np.isfinite(y)]
     counts = pit_counts(y, Q)

@@ -104,7 +104,7 @@ def open_run(
         share = f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"
         raise CandleError(f"{share}; see `mkrich candles {name}` and take another source", "bad_candles")
     end = frame["timestamp"].iloc[-1] + step.delta
-    identity = run_id or f"{name}-{step}-{end:%Y%m%dT%H%M%SZ}-{loaded.hash[:12]}"
+    identity = run_id or f"{name}-{step}-{end:%Y%m%dT%H%M%SZ}-{loaded.hash}"
     path = Path(result_path) if result_path else settings.home / "result.json"
     report = clean_candles(frame, step)[1]
     return Run(name, step, loaded, end, frame, report, book.source, client, candles, ModelStore(settings.store_url), identity, path)

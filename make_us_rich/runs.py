@@ -433,7 +433,7 @@ def run_training(
         cutoff = candles.read(pair, str(step), rows=1)["timestamp"].iloc[-1] + step.delta
         usual = loaded.hash == load_recipe("default").hash
         folder = run_folder(settings.runs, pair, step, cutoff, loaded.name, "" if usual else loaded.hash)
-        run_id = f"{pair}-{step}-{cutoff:%Y%m%dT%H%M%SZ}-{loaded.hash[:12]}"
+        run_id = f"{pair}-{step}-{cutoff:%Y%m%dT%H%M%SZ}-{loaded.hash}"
         outcome = Outcome(state="running", run_id=run_id, pair=str(pair), interval=str(step), cutoff=utc_iso(cutoff), recipe=loaded.name,
                           notebook=str(folder / "train.ipynb"), started_at=utc_iso(system_clock()))  # fmt: skip
         models = ModelStore(settings.store_url)

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     runs: Path = Field(Path("runs"), description="folder of the executed notebooks")
     exchange_url: str = Field("https://data-api.binance.vision", pattern=r"^https?://\S+$", description="market data host, keyless")
     models_url: str = Field("", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models")
+    database_url: str = Field("", pattern=r"^$|^(sqlite|postgresql)\S*://.*$", description="record and users; empty: <home>/mkrich.db (SQLite)")
+    host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
+    port: int = Field(8750, ge=0, le=65_535, description="port of the API")
+    workers: int = Field(1, ge=1, le=64, description="worker processes of the API")
+    monthly_calls: int = Field(1000, ge=0, description="API calls that a user has in a calendar month (UTC), unless set for the user")
+    poll_seconds: float = Field(20, gt=0, le=3600, description="seconds between two looks for a new champion")
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")
     history_days: int = Field(365, ge=1, le=10_000, description="days of candles that a model is trained on")
@@ -102,6 +108,11 @@ class Settings(BaseSettings):
     def store_url(self) -> str:
         "URL of the model store."
         return self.models_url or (self.home / "models").absolute().as_uri()
+
+    @property
+    def db_url(self) -> str:
+        "URL of the database."
+        return self.database_url or f"sqlite:///{(self.home / 'mkrich.db').absolute()}"
 
 # %% ../nbs/00_settings.ipynb #ed00903c
 def get_settings(**overrides: object) -> Settings:

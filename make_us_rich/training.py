@@ -142,7 +142,21 @@ class TrainingData:
     interval_ms: int
     forecaster: OriginalForecaster | None = None
 
+# %% ../nbs/07_training.ipynb #238790de
+def _prepare_original(candles: Tensor, open_time: Tensor, recipe: Recipe, parts: Split, ms: int) -> TrainingData:
+    "The report's features scaled by the training part; the target is the next scaled close."
+    from sklearn.preprocessing import MinMaxScaler
 
+    nine = OriginalFeatures()(candles, open_time)[0]
+    scaler = MinMaxScaler((-1, 1)).fit(nine[parts.train].numpy())
+    low, high = torch.from_numpy(scaler.data_min_), torch.from_numpy(scaler.data_max_)
+    forecaster = OriginalForecaster(nn.Identity(), low, high, recipe.steps)
+    x = forecaster.scale_features(candles, open_time)[0]  # [n, 9]
+    y = torch.cat([x[1:, forecaster.CLOSE], x[:1, 0] * 0])
+    adjacent = (open_time.diff(dim=1)[0] == ms).numpy()
+    return TrainingData(x, y, torch.from_numpy(np.append(adjacent, False)), adjacent, 0, parts, ms, forecaster)
+
+# %% ../nbs/07_training.ipynb #d5852f5e
 def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h") -> TrainingData:
     "Features, targets and parts of a checked history; CandleError when it is too short, TrainingError when nothing moves."
     ms = Interval.parse(interval).ms
@@ -161,20 +175,6 @@ def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h"
         x, scale = features(candles, open_time)
         y, ok = targets(candles, open_time, ms, scale)
     return TrainingData(x[0], y[0].clamp(-12, 12).float(), ok[0], adjacent[features.span :], features.span, parts, ms)
-
-# %% ../nbs/07_training.ipynb #238790de
-def _prepare_original(candles: Tensor, open_time: Tensor, recipe: Recipe, parts: Split, ms: int) -> TrainingData:
-    "The report's features scaled by the training part; the target is the next scaled close."
-    from sklearn.preprocessing import MinMaxScaler
-
-    nine = OriginalFeatures()(candles, open_time)[0]
-    scaler = MinMaxScaler((-1, 1)).fit(nine[parts.train].numpy())
-    low, high = torch.from_numpy(scaler.data_min_), torch.from_numpy(scaler.data_max_)
-    forecaster = OriginalForecaster(nn.Identity(), low, high, recipe.steps)
-    x = forecaster.scale_features(candles, open_time)[0]  # [n, 9]
-    y = torch.cat([x[1:, forecaster.CLOSE], x[:1, 0] * 0])
-    adjacent = (open_time.diff(dim=1)[0] == ms).numpy()
-    return TrainingData(x, y, torch.from_numpy(np.append(adjacent, False)), adjacent, 0, parts, ms, forecaster)
 
 # %% ../nbs/07_training.ipynb #f5f3a27d
 def dense_batches(data: TrainingData, recipe: Recipe, part: range) -> ChunkBatches:
@@ -319,7 +319,7 @@ class Curve(Callback):
 def wandb_modes() -> list[str]:
     "Modes of Weights & Biases to try, in order; empty when it is switched off."
     asked = os.environ.get("WANDB_MODE", "").lower()
-    if asked == "disabled" or not get_settings().wandb_project:
+    if asked == "disabled":
         return []
     if asked == "offline":
         return ["offline"]
@@ -328,7 +328,7 @@ def wandb_modes() -> list[str]:
     known = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
     return ["online", "offline"] if known else ["offline"]
 
-
+# %% ../nbs/07_training.ipynb #952ae68e
 def make_loggers(folder: Path | None, name: str = "train") -> list[Logger]:
     "A CSV logger in `folder`, and Weights & Biases if it starts within five seconds; none without a folder."
     if folder is None:
@@ -339,7 +339,7 @@ def make_loggers(folder: Path | None, name: str = "train") -> list[Logger]:
         try:
             import wandb
 
-            settings = wandb.Settings(mode=mode, init_timeout=5, silent=True, console="off")
+            settings = wandb.Settings(mode=mode, init_timeout=5, finish_timeout=10, silent=True, console="off")
             logger = WandbLogger(project=get_settings().wandb_project, name=name, save_dir=str(folder), log_model=False, settings=settings)
             _ = logger.experiment  # starts it here, not in the middle of a training
             return [*loggers, logger]
@@ -438,7 +438,7 @@ class TrainResult:
     best: list[dict[str, float]]  # for each member: step, valid_loss, test_loss of the best checkpoint
     recipe: Recipe
 
-
+# %% ../nbs/07_training.ipynb #cffc7006
 def training_loop(
     frame: pd.DataFrame, recipe: Recipe, *, interval: str | Interval = "1h", logger_dir: Path | None = None,
     progress: bool = True, run_name: str | None = None,

@@ -33,6 +33,7 @@ class PostgreSQL:
     port: int
     password: str
     process: subprocess.Popen
+    folder: Path
 
     def url(self, database: str = "postgres", password: str | None = None) -> str:
         return f"postgresql://mur:{self.password if password is None else password}@127.0.0.1:{self.port}/{database}"
@@ -87,7 +88,7 @@ def _start(program: Path, folder: Path, password: str, who: dict) -> PostgreSQL:
     command = [program, "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), *settings]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, preexec_fn=_die_with_parent, **who)
-    server = PostgreSQL(port, password, process)
+    server = PostgreSQL(port, password, process, folder)
     for _ in range(600):
         if process.poll() is not None:
             break

@@ -163,7 +163,7 @@ def test_moments_are_aware_and_utc_on_both(engine):
     with session(engine) as s:
         back = s.scalars(select(User.created_at).order_by(User.id)).all()
         assert [str(t.tzinfo) for t in back] == ["UTC"] * 4
-        assert back == [pd.Timestamp(t).floor("us") for t in given]
+        assert back == [pd.Timestamp(t).tz_convert("UTC").floor("us") for t in given]
         found = s.scalars(select(User.name).where(User.created_at >= pd.Timestamp("2026-11-23T12:00Z")).order_by(User.created_at)).all()
         assert found == ["u0", "u3"]
     sentence = "a time in the database carries its zone, 2026-11-23 00:00:00 has none"

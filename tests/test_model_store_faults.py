@@ -1,7 +1,7 @@
 """The model store under kill -9, races, damage and bad input (FAULTS.md F46-F49, F53, F59, F61, F62).
 
-Run as a program (`python tests/test_model_store_faults.py`) this file is a small server that forks one child for each line on its standard
-input: a child that is to be killed costs 20 ms instead of the second that a new interpreter needs. KILL_ROUNDS sets the number of random kills.
+Run as a program (`python tests/test_model_store_faults.py`) this file is a small server that forks one child for each job on its standard
+input: a child that is to be killed costs 20 ms, not the second that a new interpreter needs. KILL_ROUNDS sets the number of random kills.
 """
 
 import base64
@@ -53,7 +53,7 @@ def publish(url: str, hour: int, graph: bytes, run_id: str = "") -> str:
     return version
 
 
-# ---- the server of children ----------------------------------------------------------------------------------------------------------------
+# ---- the server of children --------------------------------------------------------------------------------------------
 
 
 def die_at(step: int) -> None:
@@ -146,7 +146,7 @@ def sound_version(url: str, allowed: set[str]) -> str:
     return bundle.version
 
 
-# ---- kill -9 -------------------------------------------------------------------------------------------------------------------------------
+# ---- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
 def test_kill_at_random_moments(run, url):
@@ -188,10 +188,14 @@ def test_kill_at_every_step(run, url):
     assert step >= 20 and seen["old"] >= 10 and seen["new"] >= 2
 
 
-STRACE = shutil.which("strace") and subprocess.run(["strace", "-f", "-o", "/dev/null", "true"], check=False, capture_output=True).returncode == 0
+def can_trace() -> bool:
+    command = ["strace", "-f", "-o", "/dev/null", "true"]
+    return bool(shutil.which("strace")) and subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not STRACE, reason="strace is not installed or may not trace; the crash points between calls are covered above")
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not installed or may not trace; the crash points between calls are covered above")
 @pytest.mark.parametrize("call", ["linkat", "unlink", "rename"])
 def test_kill_inside_the_object_store(call, url):
     "Death at the system calls inside one write of obstore, and at our own rename."
@@ -212,7 +216,7 @@ def test_kill_inside_the_object_store(call, url):
     assert died >= 1
 
 
-# ---- races ---------------------------------------------------------------------------------------------------------------------------------
+# ---- races -------------------------------------------------------------------------------------------------------------
 
 
 def test_eight_racers_with_one_run(run, url):
@@ -239,18 +243,19 @@ def test_racers_in_memory():
     "The same two races where the backend has the conditional write, and no lock is taken."
     store = ModelStore("memory:///")
 
-    def one(i: int) -> tuple[str, str]:
+    def one(i: int) -> tuple[str, str, str]:
         same = store.publish(draft(0, "same"), GRAPH + bytes([i]))
         own = store.publish(draft(i + 1), GRAPH + bytes([i]))
         try:
             store.promote(PAIR, "1h", own)
         except StoreError as e:
-            assert e.reason == "older_cutoff"
-        return same, own
+            return same, own, e.reason
+        return same, own, "promoted"
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(one, range(8)))
-    assert len({same for same, _ in answers}) == 1
+    assert len({same for same, _, _ in answers}) == 1
+    assert {word for _, _, word in answers} <= {"promoted", "older_cutoff"}
     assert [i.manifest.run_id for i in store.versions(PAIR) if i.manifest].count("same") == 1
     assert store.load(PAIR).version == answers[-1][1]
 
@@ -262,7 +267,7 @@ def test_server_that_ignores_conditions(monkeypatch):
         ModelStore("memory:///").publish(draft(0), GRAPH)
 
 
-# ---- damage --------------------------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -374,7 +379,7 @@ def test_rollback_passes_over_a_damaged_version(two):
     assert store.champion(PAIR).seq == 4
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------------------
 
 BAD = ["../x", "..", "/etc/passwd", "a/b/c", "BTC_USDT/../..", "", " ", "\0", "ÄÖ_USDT", "𝔹TC_USDT", "B" * 300, "%2e%2e", "file:///x", "."]
 
@@ -409,8 +414,8 @@ def test_read_only_folder(run):
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() and user else 0o555 if path.is_dir() else 0o444)
         error = run([job(url, 2, **user)])[0]["error"]
-        assert error.startswith(f"the model store {url} cannot be locked: ") and error.endswith("check MUR_MODELS_URL, its rights and its disk")
-        assert "Permission denied" in error
+        assert error.startswith(f"the model store {url} cannot be locked: ") and "Permission denied" in error
+        assert error.endswith("check MUR_MODELS_URL, its rights and its disk")
         sound_version(url, {version})
         for path in folder.rglob("*"):
             path.chmod(0o755)
@@ -428,7 +433,7 @@ def test_unreachable_bucket(monkeypatch):
     keys = {"AWS_ENDPOINT": "http://127.0.0.1:9", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "SECRETKEY"}
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StoreError, match="the model store s3://bucket/models cannot be read: .*; check MUR_MODELS_URL") as e:
+    with pytest.raises(StoreError, match=r"the model store s3://bucket/models cannot be read: .*; check MUR_MODELS_URL") as e:
         ModelStore("s3://bucket/models").load_champion(PAIR)
     assert "\n" not in str(e.value) and "SECRETKEY" not in str(e.value)
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     "A wheel built from a copy of the tracked files, unpacked as pip would."
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    for name in filter(None, names.split("\0")):
+    tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, tracked.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
@@ -61,7 +61,7 @@ def test_import_is_light():
 
 
 def test_the_serving_side_needs_no_torch():
-    modules = "settings candles exchange candle_store replay model_store forecasting cli".split()
+    modules = ["settings", "candles", "exchange", "candle_store", "replay", "evaluation", "model_store", "forecasting", "cli"]
     code = (
         f"import sys, importlib; [importlib.import_module('make_us_rich.' + m) for m in {modules}]; "
         "print([m for m in ('torch', 'pytorch_lightning', 'sklearn', 'wandb', 'matplotlib', 'scipy') if m in sys.modules])"

@@ -67,8 +67,8 @@ def not_in_step() -> list[str]:
         want, have = ({p.name: p.read_text() for p in (r / LIBRARY).glob("*.py")} for r in (copy, ROOT))
     differ = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
     orphan = [n for n in differ if n not in want]
-    return [f"{LIBRARY}/{n}: no notebook exports it; delete it" if n in orphan else f"{LIBRARY}/{n}: not what the notebooks export; run make export"
-            for n in differ]
+    remedy = {True: "no notebook exports it; delete it", False: "not what the notebooks export; run make export"}
+    return [f"{LIBRARY}/{n}: {remedy[n in orphan]}" for n in differ]
 
 
 def upward_imports() -> list[str]:
