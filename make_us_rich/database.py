@@ -10,7 +10,9 @@ __all__ = ['NAMES', 'UNSEEN', 'TROUBLES', 'SQLITE_CODES', 'POSTGRESQL_CODES', 'F
 # %% ../nbs/11_database.ipynb #4404e165
 import io
 import math
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -293,9 +295,15 @@ def _read_url(url: str) -> URL:
     return read.set(drivername="sqlite" if backend == "sqlite" else "postgresql+psycopg")
 
 # %% ../nbs/11_database.ipynb #7e66aa0f
-def _greet_sqlite(raw: Any, record: Any) -> None:
-    if raw.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        raw.execute("PRAGMA journal_mode=WAL").close()
+def _greet_sqlite(raw: Any, record: Any, wait: float) -> None:
+    until = time.monotonic() + wait
+    while raw.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            raw.execute("PRAGMA journal_mode=WAL").close()
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
     for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
         raw.execute(f"PRAGMA {pragma}").close()
 
@@ -329,7 +337,7 @@ def connect(url: str, wait: float = 5.0, connections: int = 5) -> Engine:
         hide_parameters=True,
         connect_args={"timeout": wait} if on_file else {"connect_timeout": max(round(wait), 2)},
     )
-    event.listen(engine, "connect", _greet_sqlite if on_file else partial(_greet_postgresql, wait=wait))
+    event.listen(engine, "connect", partial(_greet_sqlite if on_file else _greet_postgresql, wait=wait))
     return engine
 
 # %% ../nbs/11_database.ipynb #e8a9393e

@@ -169,8 +169,9 @@ def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h"
     if recipe.kind == "original":
         return _prepare_original(candles, open_time, recipe, parts, ms)
     features = CandleFeatures(ms)
-    if len(frame) <= features.span + recipe.chunk:
-        raise CandleError(f"training needs more than {features.span + recipe.chunk} candles, there are {len(frame)}; fetch a longer history", reason="short_history")
+    if parts.test.start <= features.span + recipe.chunk:
+        least, found = features.span + recipe.chunk, f"{parts.test.start} of {len(frame)}"
+        raise CandleError(f"training needs more than {least} candles before the test, there are {found}; fetch a longer history", reason="short_history")
     with torch.no_grad():
         x, scale = features(candles, open_time)
         y, ok = targets(candles, open_time, ms, scale)
@@ -253,7 +254,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Any:
         return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     matrices, vectors = [p for p in network.parameters() if p.ndim > 1], [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # one pass over all weights instead of twelve
     steps = recipe.epochs * recipe.steps_per_epoch + 1
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}

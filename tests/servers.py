@@ -59,7 +59,8 @@ def postgresql_server() -> Iterator[PostgreSQL]:
     root = os.geteuid() == 0
     if not found or (root and USER not in {entry.pw_name for entry in pwd.getpwall()}):
         pytest.fail(MISSING, pytrace=False)
-    folder = Path(tempfile.mkdtemp(prefix="mur-pg-", dir="/tmp"))  # pytest's own folders are closed to other users
+    roomy = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2**30  # memory: many small files come and go
+    folder = Path(tempfile.mkdtemp(prefix="mur-pg-", dir="/dev/shm" if roomy else "/tmp"))  # pytest's own folders are closed to other users
     try:
         (folder / "password").write_text(password := secrets.token_hex(12))
         person = pwd.getpwnam(USER)
