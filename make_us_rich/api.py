@@ -62,7 +62,7 @@ from .model_store import VersionInfo
 from make_us_rich.settings import (
     AuthError, Clock, ForecastUnavailable, MakeUsRichError, Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip
-from .service import LONG_AGO, Answer, Event, PairState, Service
+from .service import LONG_AGO, Answer, Event, PairState, Service, Subscription
 from make_us_rich.users import (
     Limiter, add_user, audit, call_limit, count_call, create_token, find_token, get_user, list_tokens, list_users, revoke_token, set_disabled,
     uncount_call, usage, verify_password,
@@ -537,7 +537,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     api: Api = app.state.api
     api.streams.loop = asyncio.get_running_loop()
     _first_at_signals(api.streams.close)
-    reader = api.service.subscribe(wake=lambda: [api.streams.publish(event) for event in iter(lambda: reader.get(0), None)])
+    reader = api.service.subscribe(wake=lambda: _pass_on(reader, api.streams))
     threading.Thread(target=_work, args=(api.service,), name="service", daemon=True).start()
     try:
         yield
@@ -546,6 +546,11 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         api.streams.close()
         (end := threading.Thread(target=api.service.stop, daemon=True)).start()
         await asyncio.to_thread(end.join, 2)
+
+
+def _pass_on(reader: Subscription, streams: Streams) -> None:
+    while event := reader.get(0):
+        streams.publish(event)
 
 
 def _work(service: Service) -> None:
@@ -1202,8 +1207,7 @@ def prepare_users(engine: Engine, settings: Settings, now: pd.Timestamp) -> str:
         if list_users(s):
             return "users with tokens may call; make one with: mkrich tokens create NAME"
         raw, _ = create_token(s, add_user(s, LOCAL_USER, now, role="admin"), "local-token", now)
-        write_atomic(path := local_token_file(settings), raw.encode())
-        path.chmod(0o600)
+        write_atomic(path := local_token_file(settings), raw.encode(), mode=0o600)
     return f"local mode: nobody but programs of this user can call, with the token in {path}"
 
 # %% ../nbs/13_api.ipynb #67a89930

@@ -86,7 +86,7 @@ class Interval:
         if isinstance(text, Interval):
             return text
         if text not in MINUTES:
-            raise SettingsError(f"an interval is one of {', '.join(MINUTES)}, not {text!r}; write one of these")
+            raise SettingsError(f"an interval is one of {', '.join(MINUTES)}, not {str(text)[:40]!r}; write one of these")
         return cls(text)
 
 # %% ../nbs/01_candles.ipynb #afd2bcbf

@@ -301,11 +301,11 @@ class Events:
         with self._lock:
             self._readers = [r for r in self._readers if r is not reader]
 
-    def send(self, kind: str, at: pd.Timestamp, pair: str = "", interval: str = "", **data: Any) -> Event:
+    def send(self, kind: str, at: pd.Timestamp, pair: str = "", interval: str = "", data: dict[str, Any] | None = None) -> Event:
         "Tell everybody."
         with self._lock:
             self._count += 1
-            event = Event(self._count, kind, utc_iso(at), pair, interval, data)
+            event = Event(self._count, kind, utc_iso(at), pair, interval, data or {})
             for reader in self._readers:
                 try:
                     reader.put(event)
@@ -492,10 +492,10 @@ def settle_and_judge(parts: Parts, state: PairState, frame: pd.DataFrame) -> Non
         for row in reversed(rows) if state.settled is not None else []:
             if row.target_open > state.settled:
                 scores = {k: getattr(row, k) for k in ("actual", "crps", "crps_base", "in50", "in80", "in95", "up_hit", "model_version")}
-                parts.events.send("settled", parts.now, pair, interval, target_open=utc_iso(row.target_open), **scores)
+                parts.events.send("settled", parts.now, pair, interval, {"target_open": utc_iso(row.target_open)} | scores)
         state.settled = newest
         if demoted := parts.ledger.circuit_breaker(pair, interval, parts.store):
-            parts.events.send("demoted", parts.now, pair, interval, **asdict(demoted))
+            parts.events.send("demoted", parts.now, pair, interval, asdict(demoted))
             look_for_model(parts, state)
             state.force = True
 
@@ -552,7 +552,8 @@ def swap(parts: Parts, state: PairState, model: RememberedModel, pointer: Pointe
     withdrawn = bool(old) and old not in [s.version for s in pointer.steps]
     state.model, state.pointer = model, pointer
     state.force = state.force or withdrawn or state.answer is None or state.answer.forecast.status != "ok"
-    parts.events.send("model", parts.now, *state.name, from_version=old, to_version=model.manifest.version, reason=pointer.reason)
+    told = {"from_version": old, "to_version": model.manifest.version, "reason": pointer.reason}
+    parts.events.send("model", parts.now, *state.name, told)
 
 # %% ../nbs/12c_service.ipynb #80fdafff
 def warm_up(parts: Parts, state: PairState, model: RememberedModel) -> None:
@@ -630,7 +631,7 @@ def turn(parts: Parts, state: PairState) -> None:
     update_record(parts, state)
     publish_page(parts, "forecasts", state, state.answer.body)
     if is_news:
-        parts.events.send("forecast", now, *state.name, **forecast.to_dict())
+        parts.events.send("forecast", now, *state.name, forecast.to_dict())
 
 # %% ../nbs/12c_service.ipynb #52e85d22
 def make_parts(settings: Settings, engine: Engine, client: BinanceClient | None, clock: Clock | None, jitter: Callable[[], float] | None, public: bool) -> Parts:
@@ -797,9 +798,9 @@ def tell_trouble(service: Service) -> None:
     "An event when the set of troubles changes."
     now, before = tuple(trouble(service)), service._told
     if new := [x for x in now if x not in before]:
-        service.events.send("degraded", service.parts.now, reasons=new)
+        service.events.send("degraded", service.parts.now, data={"reasons": new})
     elif before and not now:
-        service.events.send("recovered", service.parts.now, reasons=[])
+        service.events.send("recovered", service.parts.now)
     service._told = now
 
 

@@ -11,6 +11,7 @@ __all__ = ['LEVELS', 'MEDIAN', 'RANGES', 'Clock', 'log', 'MakeUsRichError', 'Set
 import difflib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
     runs: Path = Field(Path("runs"), description="folder of the executed notebooks")
     exchange_url: str = Field("https://data-api.binance.vision", pattern=r"^https?://\S+$", description="market data host, keyless")
     models_url: str = Field("", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models")
-    database_url: str = Field("", pattern=r"^$|^(sqlite|postgresql)\S*://.*$", description="record and users; empty: <home>/mkrich.db (SQLite)")
+    database_url: str = Field("", pattern=r"^$|^(sqlite|postgres)\S*://.*$", repr=False, description="record and users; empty: <home>/mkrich.db (SQLite)")
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8750, ge=0, le=65_535, description="port of the API")
     workers: int = Field(1, ge=1, le=64, description="worker processes of the API")
@@ -139,7 +140,8 @@ def _refuse_readable(env_file: Path) -> None:
 def _setting_sentence(problem: object) -> str:
     p = dict(problem)  # type: ignore[call-overload]
     name = "MUR_" + "_".join(str(x) for x in p["loc"]).upper().removeprefix("MUR_")
-    return f"{name}={p['input']!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
+    value = re.sub(r"//[^@/]*@", "//***@", str(p["input"]))  # an address may carry a password
+    return f"{name}={value!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
 
 # %% ../nbs/00_settings.ipynb #d9555f87
 LEVELS: tuple[float, ...] = (0.025, *(round(0.05 * i, 2) for i in range(1, 20)), 0.975)
@@ -160,8 +162,8 @@ def utc_iso(time: pd.Timestamp) -> str:
     return time.tz_convert("UTC").strftime("%Y-%m-%dT%H:%M:%SZ")
 
 # %% ../nbs/00_settings.ipynb #a33e2b9b
-def write_atomic(path: Path, data: bytes) -> None:
-    "Replace `path` by `data` in one step: old or new, never half."
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    "Replace `path` by `data` in one step: old or new, never half; `mode` are its permissions (0o600 for a secret)."
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -169,6 +171,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""What the tests of the API share: a service that was filled by hand, people with tokens of every kind, and real server processes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import orjson
+import pandas as pd
+from servers import free_port
+from sqlalchemy import Engine
+
+from make_us_rich.api import create_app
+from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair, load_sample
+from make_us_rich.database import connect, migrate, session
+from make_us_rich.exchange import BinanceClient
+from make_us_rich.forecasting import Forecast
+from make_us_rich.replay import ReplayServer
+from make_us_rich.service import Answer, PairState, Service
+from make_us_rich.settings import LEVELS, Settings, get_settings
+from make_us_rich.users import add_user, create_token, get_user, revoke_token, set_disabled
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from fastapi.testclient import TestClient
+
+NOW = pd.Timestamp("2023-11-23T19:02Z")
+PASSWORD = "correct horse battery"
+
+
+def a_forecast(**changes) -> Forecast:
+    near = {level: 37_000 * (1 + 0.01 * (level - 0.5)) for level in LEVELS}
+    facts = {
+        "pair": "BTC_USDT", "interval": "1h", "status": "ok", "sentence": "between 36,852 and 37,148", "as_of": "2023-11-23T19:00:00Z",
+        "target_open": "2023-11-23T19:00:00Z", "target_close": "2023-11-23T20:00:00Z", "last_close": 37_000.0, "median": 37_000.0, "quantiles": near,
+        "p_up": 0.5, "width": 1.0, "model_version": "20231123T180000Z-0123456789ab", "model_age_hours": 1.0, "data_age_minutes": 2.0, "source": "here",
+        "reliability": "not known", "run_id": "r",
+    }  # fmt: skip
+    return Forecast(**facts | changes)
+
+
+@dataclass
+class World:
+    "One application with its parts."
+
+    settings: Settings
+    engine: Engine
+    service: Service
+    app: object
+    tokens: dict[str, str]
+
+    def client(self, who: str | None = "member", **headers: str) -> TestClient:
+        if who:
+            headers["Authorization"] = f"Bearer {self.tokens.get(who, who)}"
+        return TestClient(self.app, headers=headers, raise_server_exceptions=False)
+
+    @property
+    def gate(self):
+        return self.app.state.api.gate
+
+    def used(self, name: str = "bob") -> int:
+        return self.client(name).get("/v1/me").json()["used"] if name in self.tokens else self.client().get("/v1/me").json()["used"]
+
+    def show(self, forecast: Forecast) -> None:
+        self.service.states["BTC_USDT", "1h"].answer = Answer.of(forecast, NOW)
+
+
+def make_people(engine: Engine, now: pd.Timestamp = NOW) -> dict[str, str]:
+    "An admin and a member, and tokens that are no good any more."
+    with session(engine) as s:
+        ana = add_user(s, "ana", now, role="admin", password=PASSWORD)
+        bob = add_user(s, "bob", now, password=PASSWORD)
+        add_user(s, "eve", now)
+        revoked, row = create_token(s, bob, "revoked", now)
+        revoke_token(s, row.id, now)
+        tokens = {
+            "revoked": revoked,
+            "expired": create_token(s, bob, "expired", now - pd.Timedelta("2D"), expires=now - pd.Timedelta("1D"))[0],
+            "disabled": create_token(s, get_user(s, "eve"), "eve", now)[0],
+            "admin": create_token(s, ana, "ana", now)[0],
+            "member": create_token(s, bob, "bob", now)[0],
+            "wrong": "mur_" + "x" * 43,
+        }
+        set_disabled(s, "eve", True, now)
+    return tokens
+
+
+def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, candles: int = 0, **options) -> World:
+    settings = get_settings(home=home, database_url=url or None, exchange_url="http://127.0.0.1:9")
+    engine = connect(settings.db_url, wait=wait)
+    migrate(engine)
+    service = Service(settings, engine=engine, clock=lambda: NOW)
+    service.start = service.run_forever = lambda *_: None  # what it shows was put there by hand
+    state = PairState(Pair("BTC", "USDT"), Interval("1h"))
+    state.record_body = orjson.dumps(service.ledger.track_record("BTC_USDT").to_dict())
+    service.states = {("BTC_USDT", "1h"): state}
+    if candles:
+        with ReplayServer({"BTC_USDT": load_sample("BTC_USDT")}, now=NOW, label=SAMPLE_LABEL) as exchange:
+            service.parts.candles.update(BinanceClient(exchange.url), "BTC_USDT", "1h", rows=candles)
+    world = World(settings, engine, service, create_app(service, engine, settings, clock, **options), make_people(engine))
+    world.show(a_forecast())
+    return world
+
+
+@dataclass
+class Served:
+    "A running `serve`."
+
+    url: str
+    process: subprocess.Popen
+    home: Path
+    log: Path
+    said: Path
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@contextlib.contextmanager
+def served(home: Path, timeout: float = 90, **env: str) -> Iterator[Served]:
+    "The real server in a process of its own, with `MUR_` settings by name."
+    port = free_port()
+    log, said = home.parent / f"{home.name}.log", home.parent / f"{home.name}.said"
+    values = {"home": str(home), "port": str(port), "exchange_url": "http://127.0.0.1:9", "threads": "1"} | env
+    environment = os.environ | {f"MUR_{k.upper()}" if k.islower() else k: str(v) for k, v in values.items()}
+    code = "from make_us_rich.api import serve; from make_us_rich.settings import get_settings; serve(get_settings())"
+    with open(log, "wb") as err, open(said, "wb") as out:
+        process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=out, stderr=err, env=environment, cwd=home.parent)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < end, log.read_text() + said.read_text()
+            time.sleep(0.1)
+        yield Served(url, process, home, log, said)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+async def burst(port: int, path: str, token: str, total: int, connections: int = 32) -> list[tuple[int, dict[str, str]]]:
+    "So many GETs over so many keep-alive connections; status and headers of each answer."
+    answers: list[tuple[int, dict[str, str]]] = []
+    left = [total]
+
+    async def caller() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while left[0] > 0:
+            left[0] -= 1
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+            await reader.readexactly(int(headers.get("content-length", 0)))
+            answers.append((int(head[9:12]), headers))
+        writer.close()
+
+    await asyncio.gather(*(caller() for _ in range(connections)))
+    return answers
