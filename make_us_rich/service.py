@@ -6,10 +6,10 @@
 __all__ = ['REFUSALS', 'WEIGHT_A_MINUTE', 'TRIAL', 'TRIAL_MEMORY', 'TRIAL_SECONDS', 'RETRY', 'LONG_AGO', 'Breaker', 'note_answer',
            'guard', 'running_clock', 'Market', 'try_model', 'Refused', 'build_model', 'pick_model', 'Event',
            'Subscription', 'Events', 'Answer', 'PairState', 'Parts', 'next_fetch', 'fetch_candles', 'read_candles_of',
-           'abstain_instead', 'compute_forecast', 'answer_hour', 'reliability_of', 'settle_and_judge', 'update_record',
-           'publish_page', 'look_for_model', 'swap', 'warm_up', 'keep_last_good', 'is_due', 'refresh', 'expire', 'turn',
-           'make_parts', 'find_pairs', 'pair_status', 'Service', 'run_tick', 'poll_models', 'trouble', 'tell_trouble',
-           'service_status']
+           'abstain_instead', 'compute_forecast', 'answer_hour', 'reliability_of', 'settle_and_judge', 'break_circuit',
+           'update_record', 'publish_page', 'look_for_model', 'swap', 'warm_up', 'keep_last_good', 'is_due', 'refresh',
+           'expire', 'turn', 'make_parts', 'find_pairs', 'pair_status', 'Service', 'run_tick', 'poll_models', 'trouble',
+           'tell_trouble', 'service_status']
 
 # %% ../nbs/12c_service.ipynb #0e78c551
 import hashlib
@@ -494,10 +494,22 @@ def settle_and_judge(parts: Parts, state: PairState, frame: pd.DataFrame) -> Non
                 scores = {k: getattr(row, k) for k in ("actual", "crps", "crps_base", "in50", "in80", "in95", "up_hit", "model_version")}
                 parts.events.send("settled", parts.now, pair, interval, {"target_open": utc_iso(row.target_open)} | scores)
         state.settled = newest
-        if demoted := parts.ledger.circuit_breaker(pair, interval, parts.store):
-            parts.events.send("demoted", parts.now, pair, interval, asdict(demoted))
-            look_for_model(parts, state)
-            state.force = True
+        break_circuit(parts, state)
+
+
+def break_circuit(parts: Parts, state: PairState) -> None:
+    "Take a bad champion out of service; if the model store is out of reach, with the next settled hour."
+    try:
+        demoted = parts.ledger.circuit_breaker(state.pair, state.interval, parts.store)
+    except StoreError as e:
+        if e.reason.startswith("database"):
+            raise
+        state.problems["store"] = str(e)
+        return
+    if demoted:
+        parts.events.send("demoted", parts.now, *state.name, asdict(demoted))
+        look_for_model(parts, state)
+        state.force = True
 
 
 def update_record(parts: Parts, state: PairState) -> None:

@@ -1,4 +1,4 @@
-"""The service over a replay exchange with a movable clock and a real model: days of hours, swaps, bans, outages, restarts, several at once."""
+"""The service over a replay exchange with a movable clock and a real model: hours, swaps, bans, outages, restarts, several at once."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ from make_us_rich.ledger import load_record
 from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import Faults, ReplayServer
 from make_us_rich.service import Service
-from make_us_rich.settings import StoreError, get_settings, utc_iso
+from make_us_rich.settings import ExchangeError, StoreError, get_settings, utc_iso
 
 HOUR = pd.Timedelta("1h")
 START = 3000  # row of the sample: the newest closed candle when a test begins
@@ -68,7 +68,7 @@ def trusting(monkeypatch):
 
 
 def test_48_hours_of_two_pairs(world, trusting):
-    "One forecast per pair and hour through a retraining and a restart, one call each, all settled but the newest, and all can be recomputed."
+    "One forecast and one call per pair and hour, through a retraining and a restart; all settled but the newest; all recomputed."
     for pair in PAIRS:
         publish(world.store, pair, world.closed - HOUR)
     service = world.service()
@@ -98,9 +98,10 @@ def test_48_hours_of_two_pairs(world, trusting):
         assert stored.equals(recorded[recorded["timestamp"].isin(stored["timestamp"])].reset_index(drop=True))
         assert stored["timestamp"].iloc[-1] + HOUR == world.closed + 47 * HOUR
     assert service.status()["degraded"] == []
-    with pytest.raises(StoreError, match=r"1 of 48 forecasts of SOL_USDT 1h on record differ .*\n.*outcome by") as caught, service.engine.begin() as raw:
-        raw.exec_driver_sql("UPDATE forecasts SET actual = actual * 1.001 WHERE id = (SELECT min(id) FROM forecasts WHERE pair = 'SOL_USDT')")
-        raw.commit()
+    with service.engine.begin() as raw:
+        one = "SELECT min(id) FROM forecasts WHERE pair = 'SOL_USDT'"
+        raw.exec_driver_sql(f"UPDATE forecasts SET actual = actual * 1.001 WHERE id = ({one})")
+    with pytest.raises(StoreError, match=r"1 of 48 forecasts of SOL_USDT 1h on record differ .*\n.*outcome by") as caught:
         service.ledger.verify("SOL_USDT", world.store, service.parts.candles)
     assert caught.value.reason == "record_differs"
 
@@ -181,13 +182,13 @@ def test_a_ban_is_kept_by_other_processes_and_after_a_restart(world, trusting):
         service.tick()
         now = utc_iso(world.server.clock.now())
         if seconds == 300:  # another process
-            told = subprocess.run(
-                [sys.executable, "-c", SECOND_PROCESS, str(world.home), world.server.url, now], capture_output=True, text=True, check=True, timeout=120
-            )
+            command = [sys.executable, "-c", SECOND_PROCESS, str(world.home), world.server.url, now]
+            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
             status = json.loads(told.stdout.splitlines()[-1])
             assert 300 < status["exchange_pause"]["seconds"] <= 305
             assert {p["status"] for p in status["pairs"]} == {"abstain"}
-            assert any("has banned this address for a while (HTTP 418); it is not called again before" in text for text in status["degraded"])
+            words = "has banned this address for a while (HTTP 418); it is not called again before"
+            assert any(words in text for text in status["degraded"])
     restarted = world.service()
     assert restarted.status()["exchange_pause"]["seconds"] > 0
     assert len(world.server.calls) == calls + 1  # nobody has called
@@ -238,14 +239,10 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
         publish(world.store, pair, world.closed - HOUR)
     service = world.service()
 
-    def gone(*_):
-        raise StoreError("the model store s3://models cannot be read: nobody answers; check MUR_MODELS_URL")
-
-    world.server.faults = Faults(status=503)
     with monkeypatch.context() as patch:
-        patch.setattr(service.parts.market.client._wire, "call", lambda ask: gone_away())
+        patch.setattr(service.parts.market.client._wire, "call", exchange_gone)
         for name in ("champion", "pairs"):
-            patch.setattr(service.parts.store, name, gone)
+            patch.setattr(service.parts.store, name, store_gone)
         world.set(0, seconds=1800)
         service.tick()
         assert service.answer("SOL_USDT").forecast.status == "ok"  # nothing changes for anybody within the hour
@@ -265,7 +262,6 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
         assert status["ready"]
         assert len(status["degraded"]) == 2
         assert sizes[-1] - sizes[1] < 300_000, sizes
-    world.server.faults = Faults()
     world.set(25)
     service.tick()
     world.set(25, seconds=400)
@@ -274,11 +270,8 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
     assert service.status()["degraded"] == []
     rows = world.rows("SOL_USDT")
     assert list(rows["status"]) == ["ok", *["abstain"] * 23, "ok"]  # one honest answer for each hour
-    assert service.ledger.track_record("SOL_USDT").holes == [{"from": utc_iso(world.closed + 24 * HOUR), "to": utc_iso(world.closed + 25 * HOUR), "hours": 1}]
-
-
-def gone_away():
-    raise module.ExchangeError("the exchange is unavailable: it cannot be reached; check the network")
+    hole = {"from": utc_iso(world.closed + 24 * HOUR), "to": utc_iso(world.closed + 25 * HOUR), "hours": 1}
+    assert service.ledger.track_record("SOL_USDT").holes == [hole]
 
 
 def test_three_services_at_once_make_one_record(world, trusting, database_url):  # noqa: F811
@@ -333,15 +326,16 @@ def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trus
     world.service()
     assert local.champion("BTC_USDT").version == version
 
-    def gone(*_):
-        raise StoreError("the model store s3://models cannot be read: nobody answers; check MUR_MODELS_URL")
-
     for name in ("champion", "pairs"):
-        monkeypatch.setattr(ModelStore, name, lambda self, *args, _real=getattr(ModelStore, name): _real(self, *args) if self is local else gone())
+        monkeypatch.setattr(ModelStore, name, only_for(local, getattr(ModelStore, name)))
     service = world.service()
     assert service.status()["pairs"][0]["model_version"] == version
     assert service.answer("BTC_USDT").forecast.status == "ok"
     assert "nobody answers" in service.status()["degraded"][0]
+
+
+def only_for(local, method):
+    return lambda store, *args: method(store, *args) if store is local else store_gone()
 
 
 def with_last_good(make_parts, local):
@@ -351,3 +345,11 @@ def with_last_good(make_parts, local):
         return parts
 
     return made
+
+
+def store_gone(*_):
+    raise StoreError("the model store s3://models cannot be read: nobody answers; check MUR_MODELS_URL")
+
+
+def exchange_gone(*_):
+    raise ExchangeError("the exchange is unavailable: it cannot be reached; check the network")

@@ -15,8 +15,10 @@ PAIRS = ("BTC_USDT", "SOL_USDT")
 
 @functools.cache
 def sample(pair: str) -> pd.DataFrame:
-    "The newest 5,000 candles of the embedded sample."
-    return load_sample(pair).tail(5000).reset_index(drop=True)
+    "5,000 candles of the embedded sample; those of SOL moved to the dates of BTC."
+    dates = load_sample("BTC_USDT").tail(5000).reset_index(drop=True)
+    frame = load_sample(pair).tail(5000).reset_index(drop=True)
+    return frame.assign(timestamp=dates["timestamp"], close_time=dates["close_time"])
 
 
 @functools.cache
@@ -41,14 +43,13 @@ def _golden(pair: str) -> tuple[int, Golden]:
 
 
 def publish(store: ModelStore, pair: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False) -> str:
-    "Publish and promote the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
+    "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
     window, golden = _golden(pair)
     if broken:
         golden = golden.model_copy(update={"quantiles": [q * 1.01 for q in golden.quantiles]})
     frame = sample(pair)
-    span = DataSpan(
-        source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=frame["timestamp"].iloc[0], last=frame["timestamp"].iloc[-1], rows=len(frame), gaps=0, content_hash=""
-    )
+    first, last = frame["timestamp"].iloc[[0, -1]]
+    span = DataSpan(source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash="")
     manifest = Manifest(
         pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, recipe_hash="0" * 64, data=span,
         cutoff=cutoff.to_pydatetime(), created_at=cutoff.to_pydatetime(), scores=[], verdict={"passed": True}, golden=golden, libraries={},
