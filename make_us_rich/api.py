@@ -420,8 +420,9 @@ class GuardedRoute(APIRoute):
                 return await handler(request)
             except Exception as e:
                 refusal = refusal_of(e)
-                if refusal.status >= 500:
+                if refusal.status >= 500 and refusal is not e:
                     log.error("%s: %s", type(e).__name__, e, exc_info=e if refusal.status == 500 else None)
+                if refusal.status >= 500:
                     await _refund(request)
                 return refusal.response(REQUEST_ID.get())
 
@@ -877,6 +878,9 @@ class RolledBack(BaseModel):
 def _rollback(request: Request, pair: PairText, body: RollbackBody) -> RolledBack:
     "The version that it leaves answers no more: this hour is forecast again."
     api, name, caller = _api(request), _pair(pair), request.scope["caller"]
+    usable = [info.version for info in api.service.parts.store.versions(name, INTERVAL) if info.manifest]
+    if name not in api.states or (body.version and body.version not in usable):
+        raise Refusal(404, "unknown_version", f"{name} has no such usable version; GET /v1/models/{name} lists those there are")
     version = api.service.parts.store.rollback(name, INTERVAL, body.version, f"{caller.name}: {body.reason}")
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", name, f"{version} {body.reason}")

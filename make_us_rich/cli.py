@@ -237,7 +237,10 @@ def forecast(
     loader = ModelLoader(models)
     forecasts = [forecast_pair(pair, interval, loader, candles, client) for pair in names]
     _show_forecasts(forecasts, as_json)
-    if any(f.status == "abstain" for f in forecasts):
+    silent = [f for f in forecasts if f.status == "abstain"]
+    for f in silent:
+        _say(f"mkrich: {f.sentence}")
+    if silent:
         raise typer.Exit(3)
 
 

@@ -142,6 +142,6 @@ class OriginalForecaster(nn.Module):
 
     def forward(self, candles: Tensor, open_time: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         point = self.point(self.scale_features(candles, open_time))  # [B]
-        spread = (self.misses[17] - self.misses[3]) / 2  # half the middle 70 %
+        spread = (self.misses[17:18] - self.misses[3:4]) / 2  # half the middle 70 %
         quantiles = point[:, None].clamp_min(1e-12) * torch.exp(width[:, None] * self.misses)
         return quantiles, spread.expand(point.shape[0])

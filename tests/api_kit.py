@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import orjson
@@ -100,6 +101,7 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     service = Service(settings, engine=engine, clock=lambda: NOW)
     service.start = service.run_forever = lambda *_: None  # what it shows was put there by hand
     state = PairState(Pair("BTC", "USDT"), Interval("1h"))
+    state.model = SimpleNamespace(manifest=SimpleNamespace(version="20231123T180000Z-0123456789ab", cutoff=NOW))
     state.record_body = orjson.dumps(service.ledger.track_record("BTC_USDT").to_dict())
     service.states = {("BTC_USDT", "1h"): state}
     if candles:

@@ -97,7 +97,8 @@ def test_deadline(settings, tmp_path):  # F28
     started = time.monotonic()
     outcome = start(short, f"{RECORD_PID}; import subprocess; subprocess.Popen(['sleep', '300']); time.sleep(300)")
     assert time.monotonic() - started < 20 + 10
-    assert outcome.exit_class == "timeout" and outcome.reason.startswith("not finished after 20 s, stopped in cell 4 of 5: Act; raise MUR_DEADLINE")
+    assert outcome.exit_class == "timeout"
+    assert outcome.reason.startswith("not finished after 20 s, stopped in cell 4 of 5: Act; raise MUR_DEADLINE")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "300"] and p.ppid() == 1]
     assert kept(outcome)[1][-2:] == ["failed", "pending"]
@@ -116,7 +117,8 @@ print(outcome.model_dump_json())
 
 def runner(settings, act=""):
     env = os.environ | {"MUR_HOME": str(settings.home), "MUR_RUNS": str(settings.runs), "MUR_EXCHANGE_URL": settings.exchange_url}
-    return subprocess.Popen([sys.executable, "-c", RUNNER, str(NOTEBOOK), act], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", RUNNER, str(NOTEBOOK), act]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_runner_leaves_no_orphan_and_is_marked_abandoned(settings, tmp_path):  # F29, F38
