@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CALLERS_FAULT', 'ASTRAY', 'BEARER', 'NEUTRAL', 'SECRET_FORMS', 'REQUEST_ID', 'Line', 'REQUEST_LOG', 'Access',
            'ACCESS', 'LARGEST_BODY', 'LARGEST_HEADERS', 'ID_FORM', 'TOKEN_IN_URL', 'TOO_BUSY', 'FREE', 'STREAM',
-           'Handler', 'PRIVATE', 'INTERVAL', 'router', 'TROUBLES', 'PAIR_FORM', 'PairText', 'NOT_NEW', 'Asset', 'Quote',
-           'UserName', 'Password', 'TokenId', 'SSE', 'STYLE', 'POLICY', 'LOCAL_USER', 'Problem', 'Refusal',
-           'refusal_of', 'scrub', 'configure_logging', 'Metrics', 'Caller', 'Gate', 'Door', 'ready', 'GuardedRoute',
-           'Streams', 'Api', 'guard', 'create_app', 'Forecasts', 'Candles', 'ForecastWithCandles', 'Count', 'Now',
-           'Record', 'ServedModel', 'Models', 'Version', 'Versions', 'RollbackBody', 'RolledBack', 'Me', 'TokenInfo',
-           'NewToken', 'LoginBody', 'TokenBody', 'Tokens', 'UserInfo', 'Users', 'UserBody', 'UserChange', 'EventStream',
-           'Health', 'local_token_file', 'prepare_users', 'serve']
+           'Handler', 'PRIVATE', 'INTERVAL', 'router', 'TROUBLES', 'PAIR_FORM', 'PairText', 'EXAMPLE', 'SHOWN',
+           'NOT_NEW', 'Asset', 'Quote', 'UserName', 'Password', 'TokenId', 'SSE', 'STYLE', 'POLICY', 'LOCAL_USER',
+           'Problem', 'Refusal', 'refusal_of', 'scrub', 'configure_logging', 'Metrics', 'Caller', 'Gate', 'Door',
+           'ready', 'GuardedRoute', 'Streams', 'Api', 'guard', 'create_app', 'Forecasts', 'Candles',
+           'ForecastWithCandles', 'Count', 'Now', 'Record', 'ServedModel', 'Models', 'Version', 'Versions',
+           'RollbackBody', 'RolledBack', 'Me', 'TokenInfo', 'NewToken', 'LoginBody', 'TokenBody', 'Tokens', 'UserInfo',
+           'Users', 'UserBody', 'UserChange', 'EventStream', 'Health', 'local_token_file', 'prepare_users', 'serve']
 
 # %% ../nbs/13_api.ipynb #77450b2f
 import asyncio
@@ -60,7 +60,7 @@ from .database import Token, User, connect, migrate, ping, session
 from .forecasting import Forecast
 from .model_store import VersionInfo
 from make_us_rich.settings import (
-    AuthError, Clock, ForecastUnavailable, MakeUsRichError, Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
+    LEVELS, AuthError, Clock, ForecastUnavailable, MakeUsRichError, Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip
 from .service import LONG_AGO, Answer, Event, PairState, Service, Subscription
 from make_us_rich.users import (
@@ -71,6 +71,8 @@ from make_us_rich.users import (
 # %% ../nbs/13_api.ipynb #dd31a6ed
 class Problem(BaseModel):
     "What every refusal says: a word for programs, a sentence for people, and the id under which the log knows the request."
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"error": "quota", "message": "all 1,000 calls of 2026-11 are used; ...", "request_id": "4d2f..."}]})
 
     error: str
     message: str
@@ -656,10 +658,19 @@ class Forecasts(BaseModel):
     forecasts: list[Forecast]
 
 
+EXAMPLE = Forecast(
+    pair="BTC_USDT", interval="1h", status="ok", sentence="BTC_USDT at 20:00 UTC: between 36,852.00 and 37,148.00 with 80 % probability, after 37,000.00",
+    as_of="2023-11-23T19:00:00Z", target_open="2023-11-23T19:00:00Z", target_close="2023-11-23T20:00:00Z", last_close=37_000.0, median=37_000.0,
+    quantiles={level: 37_000 * (1 + 0.01 * (level - 0.5)) for level in LEVELS}, p_up=0.5, width=1.02, model_version="20231123T180000Z-0123456789ab",
+    model_age_hours=1.0, data_age_minutes=0.1, source="data-api.binance.vision", reliability="live record (grey): 12 hours, ...", run_id="BTC_USDT-1h-...",
+)  # fmt: skip
+SHOWN = {"model": Forecast, "content": {"application/json": {"example": EXAMPLE.to_dict()}}}
+
+
 NOT_NEW = {"description": "Nothing new since the `ETag` in `If-None-Match`."}
 
 
-@router.get("/v1/forecasts/{pair}", summary="The newest forecast of a pair", **guard("counted", Forecast, _304=NOT_NEW))
+@router.get("/v1/forecasts/{pair}", summary="The newest forecast of a pair", **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW))
 @ready
 async def _forecast(request: Request, pair: PairText) -> Response:
     "An abstention (`status` is `abstain`, with a reason) is a normal answer."
@@ -923,11 +934,18 @@ def _token_facts(token: Token) -> dict[str, Any]:
     return {"id": token.id, "name": token.name, "prefix": token.prefix} | {name: time and utc_iso(time) for name, time in times.items()}
 
 
+def _no_token_here(name: str) -> str:
+    "The name, unless it looks like a token: names are shown and kept."
+    if name.startswith("mur_"):
+        raise Refusal(422, "bad_name", "a name does not begin with mur_, as tokens do; choose another one")
+    return name
+
+
 def _new_token(s: Session, user: User, name: str, days: int | None, now: pd.Timestamp) -> NewToken:
     living = [t for t in list_tokens(s, user) if t.revoked_at is None and (t.expires_at is None or t.expires_at > now)]
     if len(living) >= 50:
         raise Refusal(409, "too_many_tokens", f"{user.name} has {len(living)} valid tokens, 50 are allowed; revoke some at DELETE /v1/me/tokens/{{id}}")
-    raw, token = create_token(s, user, name, now, expires=None if days is None else now + pd.Timedelta(days=days), actor=user.name)
+    raw, token = create_token(s, user, _no_token_here(name), now, expires=None if days is None else now + pd.Timedelta(days=days), actor=user.name)
     return NewToken(**_token_facts(token), token=raw)
 
 # %% ../nbs/13_api.ipynb #74756680
@@ -1061,6 +1079,7 @@ def _users(request: Request) -> Users:
 def _make_user(request: Request, body: UserBody) -> UserInfo:
     "The audit keeps who made whom."
     api, caller = _api(request), request.scope["caller"]
+    _no_token_here(body.name)
     with session(api.engine) as s:
         user = add_user(s, actor=caller.name, now=api.clock(), **body.model_dump())
         return _user_facts(user, api.settings.monthly_calls)

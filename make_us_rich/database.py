@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'UNSEEN', 'TROUBLES', 'SQLITE_CODES', 'POSTGRESQL_CODES', 'FORMS', 'MIGRATION_WAIT', 'MIGRATION_LOCK', 'UTC',
-           'Number', 'Numbers', 'Base', 'User', 'Token', 'Usage', 'Audit', 'ForecastRow', 'Demotion', 'connect',
-           'session', 'insert_into', 'alembic_config', 'migrate', 'ping']
+           'Number', 'Numbers', 'Base', 'User', 'Token', 'Usage', 'Audit', 'ForecastRow', 'Demotion', 'RunRow',
+           'connect', 'session', 'insert_into', 'alembic_config', 'migrate', 'ping']
 
 # %% ../nbs/11_database.ipynb #4404e165
 import io
@@ -209,6 +209,33 @@ class Demotion(Base):
     from_version: Mapped[str]
     to_version: Mapped[str]
     reason: Mapped[str]
+
+# %% ../nbs/11_database.ipynb #1a0d62f5
+class RunRow(Base):
+    "One run: what was to be done, what became of it, where its evidence is; `attempts` counts the starts."
+
+    __tablename__ = "runs"
+    __table_args__ = (Index(None, "pair", "interval", "cutoff"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(unique=True)
+    pair: Mapped[str]
+    interval: Mapped[str]
+    cutoff: Mapped[pd.Timestamp]
+    recipe: Mapped[str]
+    recipe_hash: Mapped[str]
+    state: Mapped[str]  # running, published, refused, failed, skipped, abandoned
+    exit_class: Mapped[str]
+    reason: Mapped[str]
+    version: Mapped[str]
+    attempts: Mapped[int]
+    host: Mapped[str]
+    notebook: Mapped[str]
+    log: Mapped[str]
+    started_at: Mapped[pd.Timestamp]
+    finished_at: Mapped[pd.Timestamp | None]
+    retry_at: Mapped[pd.Timestamp | None]
+    seconds: Mapped[float | None]
 
 # %% ../nbs/11_database.ipynb #c405ab0f
 TROUBLES = {

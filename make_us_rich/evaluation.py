@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BIN_EDGES', 'next_returns', 'scorable_rows', 'pinball', 'crps', 'coverage', 'winkler', 'pit_counts', 'HitRate',
            'hit_rate', 'dm_test', 'Check', 'Verdict', 'Peer', 'Base', 'Naive', 'HarT', 'check_peer', 'forecast_returns',
-           'widen', 'online_width', 'Scores', 'evaluate', 'gate', 'plot_test_span', 'plot_calibration', 'plot_skill',
-           'plot_forecast']
+           'widen', 'online_width', 'Scores', 'evaluate', 'too_good', 'gate', 'plot_test_span', 'plot_calibration',
+           'plot_skill', 'plot_forecast']
 
 # %% ../nbs/08_evaluation.ipynb #5a01ba1e
 import math
@@ -128,42 +128,49 @@ def _percent(share: float, digits: int = 1) -> str:
 # %% ../nbs/08_evaluation.ipynb #182b67bb
 @dataclass(frozen=True)
 class Check:
-    "One rule applied: its name, whether it held, the value found, the rule, and a sentence for a person."
+    "One rule applied: its name, whether it held, the value found, the rule, a sentence for a person, and whether it may refuse."
 
     name: str
     passed: bool
     value: float | None
     rule: str
     sentence: str
+    refuses: bool = True
 
 
 @dataclass(frozen=True)
 class Verdict:
-    "Checks, all of which must hold."
+    "Checks, all of which must hold but those that only warn."
 
     checks: list[Check]
 
     @property
     def passed(self) -> bool:
-        "True if there is at least one check and every one holds."
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        "True if there is at least one check and every one that may refuse holds."
+        return bool(self.checks) and not self.reasons
 
     @property
     def reasons(self) -> list[str]:
-        "The sentences of the checks that failed."
-        return [check.sentence for check in self.checks if not check.passed]
+        "The sentences of the checks that failed and refuse."
+        return [check.sentence for check in self.checks if check.refuses and not check.passed]
+
+    @property
+    def warnings(self) -> list[str]:
+        "The sentences of the checks that failed but only warn."
+        return [check.sentence for check in self.checks if not check.refuses and not check.passed]
 
     def to_dict(self) -> dict[str, Any]:
         "Plain data for JSON; a value that is no finite number becomes None."
         checks = [asdict(check) for check in self.checks]
         for check in checks:
             check["value"] = check["value"] if check["value"] is not None and np.isfinite(check["value"]) else None
-        return {"passed": self.passed, "reasons": self.reasons, "checks": checks}
+        return {"passed": self.passed, "reasons": self.reasons, "warnings": self.warnings, "checks": checks}
 
     def _repr_markdown_(self) -> str:
-        n, failed = len(self.checks), len(self.reasons)
-        head = f"**Passed**: all {n} checks hold." if self.passed else f"**Refused**: {failed} of {n} checks failed."
-        rows = [f"| {'✓' if c.passed else '✗'} | {c.name} | {c.rule} | {c.sentence} |" for c in self.checks]
+        n, failed, warned = len(self.checks), len(self.reasons), len(self.warnings)
+        head = f"**Passed**: all {n - warned} checks hold." if self.passed else f"**Refused**: {failed} of {n} checks failed."
+        head += f" {warned} warned: look before you trust it." if warned else ""
+        rows = [f"| {'✓' if c.passed else '✗' if c.refuses else '!'} | {c.name} | {c.rule} | {c.sentence} |" for c in self.checks]
         return "\n".join([head, "", "| | check | rule | found |", "|---|---|---|---|", *rows])
 
 # %% ../nbs/08_evaluation.ipynb #ca6bc72f
@@ -523,6 +530,45 @@ def _parity_check(parity: float) -> Check:
     bad = f"The exported graph differs from torch by {parity:.2g}; do not publish it, report the versions of torch and onnx."
     return _check("onnx_parity", parity <= 1e-5, parity, "ONNX and torch differ by at most 1e-5", good, bad)
 
+# %% ../nbs/08_evaluation.ipynb #7125f6c9
+def _incumbent_check(y: np.ndarray, Q: np.ndarray, incumbent: np.ndarray, base: np.ndarray) -> Check:
+    "Paired non-inferiority: CRPS at most 0.5 % of the base's above the champion's, and t <= 1.64."
+    difference = (crps(y, Q) - crps(y, incumbent)) / crps(y, base).mean()
+    mean, t = float(difference.mean()), dm_test(difference)[0]
+    side = "above" if mean > 0 else "below"
+    found = f"The CRPS is {_percent(abs(mean), 2)} of the base's {side} the champion's on the same {len(y)} hours, t = {t:.2f}"
+    rule = "CRPS at most 0.5 % of the base's above the champion's, t <= 1.64"
+    return _check("not_worse", mean <= 0.005 and t <= 1.64, mean, rule, f"{found}.", f"{found}: keep the champion.")
+
+# %% ../nbs/08_evaluation.ipynb #62635649
+_STABLE = 5e-4  # returns that spread less than this belong to a pegged price
+
+
+def too_good(y: np.ndarray, Q: np.ndarray, base: np.ndarray) -> Check:
+    "The alarm: direction right > 62 %, MAE / naive < 0.97 or CRPS / base < 0.93 over 720 or more hours; it warns and never refuses."
+    hit = hit_rate(y, Q[:, MEDIAN]).share
+    mae, ratio = np.abs(y - Q[:, MEDIAN]).mean() / max(np.abs(y).mean(), 1e-12), crps(y, Q).mean() / crps(y, base).mean()
+    parts = {f"the direction is right in {_percent(hit)}": hit > 0.62, f"MAE / naive is {mae:.3f}": mae < 0.97}
+    alarms = [text for text, rings in (parts | {f"CRPS / base is {ratio:.3f}": ratio < 0.93}).items() if rings]
+    judged = len(y) >= 720 and y.std() >= _STABLE
+    calm = "Nothing is too good to be true." if judged else f"Not asked for: {len(y)} hours, or a price that hardly moves."
+    rule = "look if direction > 62 %, MAE / naive < 0.97 or CRPS / base < 0.93"
+    ok, bad = not (judged and alarms), f"Too good to be true: {', '.join(alarms)}; look for a leak with `mkrich leaktest`."
+    return Check("too_good", ok, float(ratio), rule, calm if ok else bad, refuses=False)
+
+# %% ../nbs/08_evaluation.ipynb #f47b03f4
+def _candle_checks(frame: pd.DataFrame, interval: str | Interval, now: pd.Timestamp) -> list[Check]:
+    "The newest candle is closed at `now`, and the last 24 candles follow each other."
+    step = Interval.parse(interval)
+    closed = frame["timestamp"].iloc[-1] + step.delta
+    age, broken = (now - closed) / pd.Timedelta("1min"), int(np.isnan(_returns(frame, step)[-23:]).sum())
+    still_open = f"The newest candle closes at {closed:%Y-%m-%d %H:%M} UTC, after {now:%H:%M}; drop it before training."
+    holes = f"{broken} of the last 24 candles do not follow the one before them; train again when the gap is a day old."
+    return [
+        _check("newest_closed", age >= 0, age, "the newest candle is closed", "The newest candle is closed.", still_open),
+        _check("no_fresh_gap", broken == 0, broken, "no gap in the last 24 candles", "The last 24 candles have no gap.", holes),
+    ]
+
 # %% ../nbs/08_evaluation.ipynb #ef956eab
 def gate(
     frame: pd.DataFrame,
@@ -533,8 +579,10 @@ def gate(
     forecaster: Any = None,
     parity: float | None = None,
     hours: int = 720,
+    incumbent: np.ndarray | None = None,
+    now: pd.Timestamp | None = None,
 ) -> Verdict:
-    "May this model be published? Q [n, 21] unwidened log returns at `rows` (of `scorable_rows`); prefix and parity only if handed in."
+    "May this model be published? Q and `incumbent` [n, 21]: unwidened log returns at `rows` of `scorable_rows`; optional rules only if given."
     rows, checks = np.asarray(rows, dtype=int), _shape_checks(Q)
     known = np.isfinite(next_returns(frame, rows, interval))
     n = int(known.sum())
@@ -545,11 +593,14 @@ def gate(
         scored = np.flatnonzero(known)[-hours:]
         y, base = next_returns(frame, rows[scored], interval), Base(interval).quantiles(frame, rows[scored])
         checks += _skill_checks(y, Q[scored], base, width[scored])
+        if incumbent is not None:
+            checks.append(_incumbent_check(y, Q[scored], incumbent[scored], base))
+        checks.append(too_good(y, Q[scored], base))
         if forecaster is not None:
             checks.append(_prefix_check(forecaster, frame, rows[scored], Q[scored]))
     if parity is not None:
         checks.append(_parity_check(parity))
-    return Verdict(checks)
+    return Verdict(checks + (_candle_checks(frame, interval, now) if now is not None else []))
 
 # %% ../nbs/08_evaluation.ipynb #2f9dff98
 _BLUE, _RED, _ORANGE, _GREY = "#1f5fbf", "#c8374b", "#e08a1e", "#6b7280"

@@ -11,7 +11,6 @@ __all__ = ['SCORES', 'ENOUGH', 'WHOLE', 'BORDERS', 'BASE_ROWS', 'TOLERANCE', 'le
            'difference', 'Verification', 'verify_record', 'Ledger']
 
 # %% ../nbs/12b_ledger.ipynb #92b0dba9
-import hashlib
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 
 from .candle_store import CandleStore, Provenance
-from .candles import CandleReport, Interval, Pair
+from .candles import VALUE_COLUMNS, CandleReport, Interval, Pair
 from .database import Demotion, ForecastRow, insert_into, session
 from .evaluation import Base, Check, HitRate, crps, dm_test, hit_rate
 from .forecasting import Forecast, ModelLoader, OnnxModel, forecast_pair, format_price
@@ -463,13 +462,16 @@ class RememberedModel(OnnxModel):
     def __init__(self, model: OnnxModel, size: int = 1000) -> None:
         self.manifest, self.degraded, self.window, self.session = model.manifest, model.degraded, model.window, model.session
         self._size = size
-        self._known: OrderedDict[bytes, tuple[np.ndarray, float]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, int], tuple[np.ndarray, float]] = OrderedDict()
+        self._weights = np.random.default_rng(7).integers(0, 2**64, size=self.window * (len(VALUE_COLUMNS) + 1), dtype=np.uint64) | np.uint64(1)
 
     def predict(self, candles: np.ndarray, open_time: np.ndarray, width: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         "As `OnnxModel.predict`; a single window is always computed."
         if width != 1.0 or len(candles) == 1:
             return super().predict(candles, open_time, width)
-        keys = [hashlib.blake2b(x.tobytes() + t.tobytes(), digest_size=16).digest() for x, t in zip(candles, open_time, strict=True)]
+        bits = np.concatenate([candles.reshape(len(candles), -1).view(np.uint64), open_time.view(np.uint64)], axis=1)
+        marks = (bits * self._weights).sum(axis=1)  # wraps around, which is what is wanted
+        keys = [(int(t), int(mark)) for t, mark in zip(open_time[:, -1], marks, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             quantiles, scale = super().predict(candles[new], open_time[new])

@@ -190,6 +190,28 @@ def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdi
     "The gate's verdict on the trained model."
     return gate(run.frame, span.rows, span.Q, interval=run.interval, forecaster=result.forecaster, parity=parity)
 
+# %% ../nbs/12a_report.ipynb #b560125f
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in ("make_us_rich", "torch", "pytorch-lightning", "onnx", "onnxruntime", "numpy", "pandas"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str:
+    try:
+        command = ["git", "-C", str(files("make_us_rich")), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
 # %% ../nbs/12a_report.ipynb #3486ed99
 @dataclass(frozen=True)
 class Publication:
@@ -240,28 +262,6 @@ def _manifest(run: Run, result: TrainResult, model: bytes, span: TestSpan, verdi
         scores=json.loads(json.dumps(span.scores.to_dict(), default=float)), verdict=json.loads(json.dumps(verdict.to_dict(), default=_plain)),
         golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries=_libraries(), git_revision=_git_revision(), run_id=run.run_id,
     )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for name in ("make_us_rich", "torch", "pytorch-lightning", "onnx", "onnxruntime", "numpy", "pandas"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_revision() -> str:
-    try:
-        command = ["git", "-C", str(files("make_us_rich")), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 # %% ../nbs/12a_report.ipynb #898c6958
 def where_next(run: Run, publication: Publication) -> Markdown:

@@ -634,6 +634,8 @@ def turn(parts: Parts, state: PairState) -> None:
         return
     if old is not None and old.status == "ok" and not state.force and not has_arrived and now < hour + parts.patience:
         return  # the newest candle is on its way; the last forecast stays that long
+    if old is not None and old.status != "ok" and state.hour == hour and not state.force and not has_arrived:
+        return  # this hour has its abstention, and nothing has changed
     forecast = answer_hour(parts, state, frame, hour)
     is_news = old is None or (old.status, old.reason, old.target_open, old.model_version) != (
         forecast.status, forecast.reason, forecast.target_open, forecast.model_version,

@@ -99,7 +99,7 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     engine = connect(settings.db_url, wait=wait)
     migrate(engine)
     service = Service(settings, engine=engine, clock=lambda: NOW)
-    service.start = service.run_forever = lambda *_: None  # what it shows was put there by hand
+    service.start = service.run_forever = service.tick = lambda *_: None  # what it shows was put there by hand
     state = PairState(Pair("BTC", "USDT"), Interval("1h"))
     state.model = SimpleNamespace(manifest=SimpleNamespace(version="20231123T180000Z-0123456789ab", cutoff=NOW))
     state.record_body = orjson.dumps(service.ledger.track_record("BTC_USDT").to_dict())

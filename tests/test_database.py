@@ -112,7 +112,7 @@ def test_six_processes_start_at_once_on_a_new_database(database_url):  # noqa: F
     answers = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join(30)
-    assert answers == ["0001"] * 6
+    assert answers == ["0002"] * 6
     engine = connect(database_url)
     with session(engine) as s:
         assert len(s.scalars(select(User)).all()) == 6
@@ -136,7 +136,7 @@ def test_a_migration_that_fails_leaves_nothing_half_done(database_url, monkeypat
         migrate(engine)
     assert inspect(engine).get_table_names() == []
     monkeypatch.undo()
-    assert migrate(engine) == "0001"
+    assert migrate(engine) == "0002"
     engine.dispose()
 
 
@@ -288,7 +288,7 @@ def test_a_read_only_database_is_said(engine, database_url, postgresql):  # noqa
         engine.dispose()
     told = sentence_of(lambda: add_user(engine), "database_read_only")
     assert "can be read but not written" in told
-    assert ping(engine) == "0001"  # reading works
+    assert ping(engine) == "0002"  # reading works
     engine.dispose()
 
 

@@ -78,7 +78,7 @@ def upward_imports() -> list[str]:
         if not re.match(r"\d\d", p.name):
             continue
         for name in re.findall(rf"(?:from|import)\s+{LIBRARY}\.(\w+)", "\n".join(cells(p))):
-            if number.get(name, "99") >= p.name:
+            if number.get(name, "99") > p.name:
                 found.append(f"{p.name}: imports {name} from {number.get(name, 'nowhere')}; imports point to lower numbers only")
     shared = [m for m in number if sum(module_of(p) == m for p in notebooks()) > 1]
     return found + [f"two notebooks export to {m}; one module has one notebook" for m in shared]
