@@ -44,19 +44,16 @@ _hush = threading.RLock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in _LOUD]
+    known = [name for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] in _LOUD]
+    loggers = [logging.getLogger(name) for name in {*_LOUD, *known}]
     with _hush:
-        before = [(logger.level, logger.disabled) for logger in loggers]
-        children = [c for name, c in logging.root.manager.loggerDict.items() if name.partition(".")[0] in _LOUD and isinstance(c, logging.Logger)]
-        levels = [(c, c.level) for c in children]
-        for logger in [*loggers, *children]:
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:
-            for child, level in levels:
-                child.setLevel(level)
-            for logger, (level, _) in zip(loggers, before, strict=True):
+            for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
 # %% ../nbs/15a_alerts.ipynb #4d0576aa
@@ -147,8 +144,14 @@ class Alerts:
                 over = self.open.pop(key)
                 self._post(f"over: {over.title}", f"It lasted from {over.since} to {utc_iso(self.clock())}. It was: {over.text}", "success")
             if now_wrong.keys() != mine:
-                write_state(self.path, self.open, self.waiting)
+                self._keep()
         self.deliver()
+
+    def _keep(self) -> None:
+        try:
+            write_state(self.path, self.open, self.waiting)
+        except OSError as e:  # a full disk is what some alert is about: it must go out all the same
+            log.warning("%s cannot be written (%s); after a restart alerts may be told a second time", self.path, e.strerror)
 
     def _post(self, title: str, text: str, kind: str) -> None:
         (log.warning if kind == "warning" else log.info)("alert: %s: %s", title, text)
@@ -172,7 +175,7 @@ class Alerts:
                     self._pause.pop(mark, None)
             self.waiting = [m for m in self.waiting if set(m.to) & self.services.keys()]
             if sum(len(message.to) for message in self.waiting) != before:
-                write_state(self.path, self.open, self.waiting)
+                self._keep()
             return not self.waiting
 
 

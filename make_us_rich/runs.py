@@ -191,7 +191,8 @@ Progress = Callable[[int, int, str], None]  # (cell, of, title)
 
 
 def run_notebook(
-    notebook: Path, output: Path, parameters: dict[str, Any], *, deadline: float = 900, threads: int = 1, on_progress: Progress | None = None
+    notebook: Path, output: Path, parameters: dict[str, Any], *, deadline: float = 900, threads: int = 1,
+    environment: dict[str, str] | None = None, on_progress: Progress | None = None,
 ) -> Execution:
     "Execute into `output` (written as `.part`, renamed only at success; a failure is kept as `.failed.ipynb`); log.txt stands beside it."
     output = output.absolute()
@@ -204,7 +205,7 @@ def run_notebook(
         events = Path(folder) / "events.jsonl"
         spec = {"notebook": str(notebook), "output": str(part), "parameters": parameters, "events": str(events), "parent": os.getpid()}
         (Path(folder) / "spec.json").write_text(json.dumps(spec))
-        child = _start_child(Path(folder) / "spec.json", log_file, threads)
+        child = _start_child(Path(folder) / "spec.json", log_file, threads, environment or {})
         seen, in_time = _follow(child, events, started + deadline, on_progress or (lambda cell, of, title: None))
     end = _explain(seen, child.returncode, None if in_time else deadline)
     end.number, end.seconds = seen.get("cell", 0), round(time.monotonic() - started, 1)
@@ -216,9 +217,10 @@ def run_notebook(
     return end
 
 # %% ../nbs/16_runs.ipynb #909b9b4e
-def _start_child(spec: Path, log_file: Any, threads: int) -> subprocess.Popen[bytes]:
+def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")}
+    env = inherited | environment | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
     program = "import sys; from make_us_rich.runs import execute_child; execute_child(sys.argv[1])"
     command = [sys.executable, "-c", program, str(spec)]
     return subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
@@ -458,7 +460,9 @@ def _execute(
     _write_outcome(folder / "outcome.json", outcome)
     write_atomic(trace, json.dumps({"outcome": f"{folder.name}/outcome.json", "started_at": outcome.started_at}).encode())
     target = folder / "train.ipynb"
-    end = run_notebook(notebook, target, parameters, deadline=settings.deadline, threads=settings.threads, on_progress=on_progress)
+    end = run_notebook(
+        notebook, target, parameters, deadline=settings.deadline, threads=settings.threads, environment=settings.environment(), on_progress=on_progress
+    )
     outcome = judge(end, result_path, models, outcome)
     if end.exit_class != "ok":
         failed = target.with_suffix(".failed.ipynb")

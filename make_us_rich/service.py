@@ -8,8 +8,8 @@ __all__ = ['REFUSALS', 'WEIGHT_A_MINUTE', 'TRIAL', 'TRIAL_MEMORY', 'TRIAL_SECOND
            'Subscription', 'Events', 'Answer', 'PairState', 'Parts', 'next_fetch', 'fetch_candles', 'read_candles_of',
            'abstain_instead', 'compute_forecast', 'answer_hour', 'reliability_of', 'settle_and_judge', 'break_circuit',
            'update_record', 'publish_page', 'look_for_model', 'swap', 'warm_up', 'keep_last_good', 'is_due', 'refresh',
-           'expire', 'turn', 'make_parts', 'find_pairs', 'pair_status', 'Service', 'run_tick', 'poll_models', 'trouble',
-           'tell_trouble', 'service_status']
+           'expire', 'turn', 'make_parts', 'find_pairs', 'pair_status', 'Service', 'record_of_pair', 'record_of_all',
+           'trouble', 'tell_trouble', 'service_status', 'run_tick', 'poll_models']
 
 # %% ../nbs/12c_service.ipynb #0e78c551
 import hashlib
@@ -123,7 +123,8 @@ class Market:
     def __init__(self, client: BinanceClient, breaker: Breaker, clock: Clock) -> None:
         self.client, self.breaker, self.clock = client, breaker, clock
         self.lock, self.offset = threading.Lock(), pd.Timedelta(0)
-        self.rest_until, self.problem = pd.Timestamp(0, tz="UTC"), ""
+        self.problem = ""
+        self.rest_until = self.back = pd.Timestamp(0, tz="UTC")  # nobody asks before; when it answered again after an outage
         guard(client, breaker)
 
     @property
@@ -349,6 +350,7 @@ class PairState:
     record_body: bytes = b""
     source: str = ""
     fetch_due: pd.Timestamp = LONG_AGO
+    fetched: pd.Timestamp = LONG_AGO
     retry_due: pd.Timestamp = LONG_AGO
     misses: int = 0
     hour: pd.Timestamp | None = None  # the hour that was answered last, by a forecast or by an abstention
@@ -360,6 +362,10 @@ class PairState:
     def name(self) -> tuple[str, str]:
         "Pair and interval, as texts."
         return str(self.pair), str(self.interval)
+
+    def must_fetch(self, market: Market) -> bool:
+        "Whether it is time to ask the exchange: as planned, or because it has answered somebody else again."
+        return market.now() >= self.fetch_due or self.fetched < market.back
 
     @property
     def rows(self) -> int:
@@ -401,14 +407,16 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
     market = parts.market
     with market.lock:
         now, newest = parts.now, None
-        if now < state.fetch_due:
+        if not state.must_fetch(market):
             return False
+        state.fetched = now
         try:
             if now < market.rest_until:
                 raise ExchangeError(market.problem)
             last = parts.candles.update(market, state.pair, state.interval, rows=state.rows).last
             newest = None if last is None else last + state.interval.delta
             state.problems.pop("exchange", None)
+            market.back = now if market.problem else market.back
             state.source, market.problem = market.source, ""
         except MakeUsRichError as e:
             state.problems["exchange"] = str(e)
@@ -540,6 +548,7 @@ def look_for_model(parts: Parts, state: PairState) -> None:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
         pointer = store.champion(*state.name) if store else None
+        pointer = pointer.model_copy(update={"seq": 1}) if pointer else None  # the copy counts for itself; any pointer of the store is newer
     is_older = pointer is not None and state.pointer is not None and pointer.seq < state.pointer.seq
     if store is None or pointer is None or is_older:
         return
@@ -591,7 +600,7 @@ def is_due(parts: Parts, state: PairState, now: pd.Timestamp) -> bool:
     "Whether `refresh` has something to do."
     if now < state.retry_due:
         return False
-    if state.force or state.answer is None or now >= state.fetch_due:
+    if state.force or state.answer is None or state.must_fetch(parts.market):
         return True
     hour = state.interval.floor(now)
     return state.hour != hour and (state.answer.forecast.status != "ok" or now >= hour + parts.patience)
@@ -706,7 +715,7 @@ class Service:
         self.problems: dict[str, str] = {}
         self._migrated, self._last = False, LONG_AGO
         self._told: tuple[str, ...] = ()
-        self._all: tuple[tuple[pd.Timestamp | None, ...], bytes] | None = None
+        self._all: dict[str, tuple[list[pd.Timestamp | None], bytes]] = {}
         self._poll_due = self._list_due = LONG_AGO
         self._stop, self._turn = threading.Event(), threading.Lock()
 
@@ -728,17 +737,17 @@ class Service:
 
     def record_body(self, pair: str | Pair | None = None, interval: str | Interval = "1h") -> bytes:
         "The track record of a pair, or of all pairs (None), as JSON."
-        if pair is not None:
-            self.answer(pair, interval)
-            return self.states[str(Pair.parse(pair)), str(interval)].record_body
-        hours = tuple(state.settled for state in self.states.values())
-        if self._all is None or self._all[0] != hours:
-            self._all = hours, orjson.dumps(self.ledger.track_record(None, interval=interval).to_dict())
-        return self._all[1]
+        return record_of_all(self, interval) if pair is None else record_of_pair(self, pair, interval)
 
     def subscribe(self, size: int = 100, wake: Callable[[], object] | None = None) -> Subscription:
         "Events from now on."
         return self.events.subscribe(size, wake)
+
+    def update_models(self) -> int:
+        "Look for new champions now, not at the next poll; how many models serve."
+        self._poll_due = self._list_due = LONG_AGO
+        self.tick()
+        return sum(state.model is not None for state in self.states.values())
 
     def tick(self) -> None:
         "Do what is due."
@@ -760,48 +769,23 @@ class Service:
         "The health of the service, as plain data."
         return service_status(self)
 
-# %% ../nbs/12c_service.ipynb #e09658e5
-def run_tick(service: Service) -> None:
-    "One turn of a service; trouble is kept in `problems`, never raised."
-    parts, now = service.parts, service.parts.now
-    if now < service._last - pd.Timedelta("1min"):
-        log.warning("the clock moved from %s back to %s; everything is looked at again", utc_iso(service._last), utc_iso(now))
-        service._poll_due = service._list_due = parts.market.rest_until = LONG_AGO
-        for state in service.states.values():
-            state.fetch_due = state.retry_due = LONG_AGO
-    service._last = now
-    if not service._migrated:
-        try:
-            migrate(service.engine)
-            service._migrated = True
-            service.problems.pop("database", None)
-        except StoreError as e:
-            service.problems["database"] = str(e)
-    try:
-        poll_models(service, now)
-        for state in list(service.states.values()):
-            refresh(parts, state)
-    except Exception:  # a mistake of ours must not end the loop
-        log.exception("a turn of the service failed")
-    tell_trouble(service)
-
-
-def poll_models(service: Service, now: pd.Timestamp) -> None:
-    "Find new pairs and new champions, as far as that is due."
-    parts = service.parts
-    if now >= service._list_due:
-        service._list_due = now + pd.Timedelta("1min")
-        names, problem = find_pairs(parts)
-        service.problems = {k: v for k, v in service.problems.items() if k != "store"} | ({"store": problem} if problem else {})
-        fresh = {name: PairState(Pair.parse(name[0]), Interval.parse(name[1])) for name in sorted(names - service.states.keys())}
-        service.states = service.states | fresh
-        service._poll_due = LONG_AGO if fresh else service._poll_due
-    if now >= service._poll_due:
-        service._poll_due = now + pd.Timedelta(seconds=service.settings.poll_seconds)
-        for state in list(service.states.values()):
-            look_for_model(parts, state)
-
 # %% ../nbs/12c_service.ipynb #81a2dbc9
+def record_of_pair(service: Service, pair: str | Pair, interval: str | Interval) -> bytes:
+    "The ready track record of a pair; `ForecastUnavailable` for one that is not served."
+    service.answer(pair, interval)
+    return service.states[str(Pair.parse(pair)), str(interval)].record_body
+
+
+def record_of_all(service: Service, interval: str | Interval) -> bytes:
+    "The track record over all pairs."
+    settled = [state.settled for state in service.states.values() if state.interval == Interval.parse(interval)]
+    known = service._all.get(str(interval))
+    if known is None or known[0] != settled:
+        known = settled, orjson.dumps(service.ledger.track_record(None, interval=interval).to_dict())
+        service._all = service._all | {str(interval): known}
+    return known[1]
+
+
 def trouble(service: Service) -> list[str]:
     "Sentences about all that is not as it should be, each once."
     pairs = [text for state in service.states.values() for text in state.problems.values()]
@@ -834,3 +818,44 @@ def service_status(service: Service) -> dict[str, Any]:
         "exchange_pause": {"seconds": round(seconds, 1), "why": why} if seconds else None,
         "pairs": pairs,
     }
+
+# %% ../nbs/12c_service.ipynb #e09658e5
+def run_tick(service: Service) -> None:
+    "One turn of a service; trouble is kept in `problems`, never raised."
+    parts, now = service.parts, service.parts.now
+    if now < service._last - pd.Timedelta("1min"):
+        log.warning("the clock moved from %s back to %s; everything is looked at again", utc_iso(service._last), utc_iso(now))
+        service._poll_due = service._list_due = parts.market.rest_until = LONG_AGO
+        for state in service.states.values():
+            state.fetch_due = state.retry_due = state.fetched = LONG_AGO
+    service._last = now
+    if not service._migrated:
+        try:
+            migrate(service.engine)
+            service._migrated = True
+            service.problems.pop("database", None)
+        except StoreError as e:
+            service.problems["database"] = str(e)
+    try:
+        poll_models(service, now)
+        for state in list(service.states.values()):
+            refresh(parts, state)
+    except Exception:  # a mistake of ours must not end the loop
+        log.exception("a turn of the service failed")
+    tell_trouble(service)
+
+
+def poll_models(service: Service, now: pd.Timestamp) -> None:
+    "Find new pairs and new champions, as far as that is due."
+    parts = service.parts
+    if now >= service._list_due:
+        service._list_due = now + pd.Timedelta("1min")
+        names, problem = find_pairs(parts)
+        service.problems = {k: v for k, v in service.problems.items() if k != "store"} | ({"store": problem} if problem else {})
+        fresh = {name: PairState(Pair.parse(name[0]), Interval.parse(name[1])) for name in sorted(names - service.states.keys())}
+        service.states = service.states | fresh
+        service._poll_due = LONG_AGO if fresh else service._poll_due
+    if now >= service._poll_due:
+        service._poll_due = now + pd.Timedelta(seconds=service.settings.poll_seconds)
+        for state in list(service.states.values()):
+            look_for_model(parts, state)

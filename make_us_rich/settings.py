@@ -110,6 +110,10 @@ class Settings(BaseSettings):
         "URL of the model store."
         return self.models_url or (self.home / "models").absolute().as_uri()
 
+    def environment(self) -> dict[str, str]:
+        "The settings as environment variables, for a child process."
+        return {f"MUR_{name.upper()}": str(value) for name, value in self}
+
     @property
     def db_url(self) -> str:
         "URL of the database."
