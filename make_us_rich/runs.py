@@ -32,6 +32,7 @@ from .candle_store import CandleStore
 from .candles import Interval, Pair
 from .exchange import BinanceClient
 from .model_store import ModelStore
+from .recipe import load_recipe
 from .settings import MakeUsRichError, Settings, SettingsError, log, system_clock, utc_iso, write_atomic
 
 # %% ../nbs/16_runs.ipynb #716d5a01
@@ -422,8 +423,6 @@ def run_training(
     on_wait: Callable[[str], None] = log.warning,
 ) -> Outcome:
     "Train, judge and publish one pair at the newest closed candle by the executed run notebook; the same run twice publishes once."
-    from make_us_rich.training import load_recipe
-
     pair, step = Pair.parse(str(pair)), Interval.parse(interval)
     notebook = notebook or find_notebook()
     chosen: dict[str, Any] = {"overrides": {}, "history_days": settings.history_days} | (parameters or {})
