@@ -40,8 +40,9 @@ demo: $(VENV)/.train  ## Train and forecast one pair on the embedded sample, off
 	$(BIN)/mkrich demo
 
 test: $(VENV)/.dev  ## Everything that CI checks: notebooks clean and exported, notebooks run, tests, ruff, mypy
+	@tools/system
 	$(BIN)/python tools/check.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -1,8 +1,9 @@
 """The service over days of real hours: python bench/replay_service.py [--hours 200] [--retrain 50] [--data FOLDER]
 
-Five pairs of real candles, moved by whole weeks to common dates, behind a replay exchange whose clock jumps from hour to hour. Each pair is trained
-before the start and again every `--retrain` hours, on what was known then. It must show: one forecast and one exchange call per pair and hour, all
-settled but the newest, every one of them recomputed from closed candles, and no open candle in the store. It prints counts, ratios and CPU times.
+Five pairs of real candles, moved by whole weeks to common dates, behind a replay exchange whose clock jumps from hour to hour. Each pair is
+trained before the start and again every `--retrain` hours, on what was known then; once a day the service is restarted. It must show: one forecast
+and one exchange call per pair and hour, all settled but the newest, every one of them recomputed from closed candles, and no open candle in the
+store. It prints counts, ratios and CPU times.
 """
 
 import argparse
@@ -59,8 +60,8 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
     )  # fmt: skip
     manifest = Manifest(
         pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe=recipe.model_dump(mode="json"),
-        recipe_hash=recipe.hash, data=span, cutoff=cutoff.to_pydatetime(), created_at=cutoff.to_pydatetime(), scores=[], verdict={"passed": True},
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries={}, git_revision="", run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
+        recipe_hash=recipe.hash, data=span, cutoff=cutoff.to_pydatetime(), created_at=cutoff.to_pydatetime(), scores=[],
+        verdict={"passed": True}, golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries={}, git_revision="", run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
     )  # fmt: skip
     store.promote(pair, "1h", store.publish(manifest, model))
     return time.process_time() - begun
@@ -91,7 +92,8 @@ def replay(frames: dict[str, pd.DataFrame], hours: int, retrain: int, options: d
         assert service is not None
         report(service, store, frames, hours, closed)
         service.stop()
-    print(f"\n{len(fits)} fits, {np.mean(fits):.1f} CPU s each; one hour of one pair costs the service {1e3 * np.mean(ticks) / len(frames):.0f} CPU ms")
+    cost = 1e3 * np.mean(ticks) / len(frames)
+    print(f"\n{len(fits)} fits, {np.mean(fits):.1f} CPU s each; one hour of one pair costs the service {cost:.0f} CPU ms")
     print(f"(replay exchange included; median of a turn over {len(frames)} pairs {np.median(ticks):.2f} CPU s, worst {max(ticks):.2f})")
 
 
@@ -104,9 +106,11 @@ def report(service: Service, store: ModelStore, frames: dict[str, pd.DataFrame],
         done = service.ledger.verify(pair, store, service.parts.candles)
         cpu = (time.process_time() - begun) / done.checked
         stored = service.parts.candles.read(pair)
-        assert stored.equals(frame[frame["timestamp"].isin(stored["timestamp"])].reset_index(drop=True)), f"{pair}: an open candle was stored"
+        final = frame[frame["timestamp"].isin(stored["timestamp"])].reset_index(drop=True)
+        assert stored.equals(final), f"{pair}: an open candle was stored"
         versions, abstained = rows["model_version"].nunique(), int((rows["status"] == "abstain").sum())
-        print(f"{pair}: {hours} hours, {versions} versions, {abstained} abstentions, {done.checked} verified ({1e3 * cpu:.0f} CPU ms each), 0 open candles")
+        print(f"{pair}: {hours} hours, {versions} versions, {abstained} abstentions, 0 open candles stored")
+        print(f"    {done.checked} verified, {1e3 * cpu:.0f} CPU ms each")
         print(f"    {record_sentence(service.ledger.track_record(pair))}")
     print("\n".join(["", *service.ledger.track_record().badge.sentences]))
 

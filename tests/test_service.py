@@ -20,7 +20,7 @@ from make_us_rich.ledger import load_record
 from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import Faults, ReplayServer
 from make_us_rich.service import Service
-from make_us_rich.settings import ExchangeError, StoreError, get_settings, utc_iso
+from make_us_rich.settings import LEVELS, ExchangeError, StoreError, get_settings, utc_iso
 
 HOUR = pd.Timedelta("1h")
 START = 3000  # row of the sample: the newest closed candle when a test begins
@@ -264,9 +264,8 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
         assert status["ready"]
         assert len(status["degraded"]) == 2
         assert sizes[-1] - sizes[0] < 6000, sizes
-    world.set(25)
-    service.tick()
     world.set(25, seconds=400)
+    service.tick()  # the first pair to ask finds the exchange in order, so the other one does not wait for its turn either
     service.tick()
     assert service.answer("SOL_USDT").forecast.target_open == utc_iso(world.closed + 25 * HOUR)
     assert service.status()["degraded"] == []
@@ -321,6 +320,34 @@ def test_no_answer_that_is_not_on_record(world, trusting):
     other.close()
 
 
+def test_a_bad_live_record_takes_the_champion_back(world, trusting):
+    old = publish(world.store, "BTC_USDT", world.closed - 300 * HOUR)
+    new = publish(world.store, "BTC_USDT", world.closed - 299 * HOUR, mark=1)
+    service = world.service()
+    shown, reader = service.answer("BTC_USDT").forecast, service.subscribe()
+    frame = sample("BTC_USDT")
+    for row in range(START - 170, START):  # a week of useless ranges, five times too wide, under the champion's name
+        opens, last = frame["timestamp"].iloc[row] + HOUR, float(frame["close"].iloc[row])
+        prices = {level: last * (1 + 0.2 * (level - 0.5)) for level in LEVELS}
+        times = {"as_of": utc_iso(opens), "target_open": utc_iso(opens), "target_close": utc_iso(opens + HOUR)}
+        bad = shown.model_copy(update=times | {"last_close": last, "quantiles": prices, "median": last})
+        base = [last * (1 + 0.02 * (level - 0.5)) for level in LEVELS]
+        assert service.ledger.record(bad, base, opens + pd.Timedelta("3s"))
+    world.set(1)
+    service.tick()
+    events = [event for event in iter(lambda: reader.get(0), None) if event.kind in ("demoted", "model")]
+    assert [event.kind for event in events] == ["demoted", "model"]
+    assert "above the base's" in events[0].data["reason"]
+    assert world.store.champion("BTC_USDT").version == old
+    forecast = service.answer("BTC_USDT").forecast
+    assert (forecast.status, forecast.model_version, forecast.target_open) == ("ok", old, utc_iso(world.closed + HOUR))
+    assert json.loads(service.record_body("BTC_USDT"))["badge"]["colour"] == "red"
+    world.store.promote("BTC_USDT", "1h", new)  # somebody insists; nothing before it is left once `old` is gone
+    world.set(2)
+    service.tick()
+    assert service.answer("BTC_USDT").forecast.model_version in (old, new)
+
+
 def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trusting, monkeypatch):
     version = publish(world.store, "BTC_USDT", world.closed - HOUR)
     local = ModelStore((world.home / "last_good").as_uri())
@@ -334,6 +361,13 @@ def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trus
     assert service.status()["pairs"][0]["model_version"] == version
     assert service.answer("BTC_USDT").forecast.status == "ok"
     assert "nobody answers" in service.status()["degraded"][0]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "try_model", lambda bundle: None)
+    newer = publish(world.store, "BTC_USDT", world.closed, mark=1)  # the store is back: its pointer counts, not that of the copy
+    world.set(0, seconds=120)
+    service.tick()
+    assert service.status()["pairs"][0]["model_version"] == newer
+    assert service.status()["degraded"] == []
 
 
 def only_for(local, method):
