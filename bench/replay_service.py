@@ -1,9 +1,9 @@
 """The service over days of real hours: python bench/replay_service.py [--hours 200] [--retrain 50] [--data FOLDER]
 
-Five pairs of real candles, moved by whole weeks to common dates, behind a replay exchange whose clock jumps from hour to hour. Each pair is
-trained before the start and again every `--retrain` hours, on what was known then; once a day the service is restarted. It must show: one forecast
-and one exchange call per pair and hour, all settled but the newest, every one of them recomputed from closed candles, and no open candle in the
-store. It prints counts, ratios and CPU times.
+Five pairs of real candles, moved by whole weeks to common dates, behind a replay exchange whose clock jumps from hour to hour. Each pair
+is trained before the start and again every `--retrain` hours, on what was known then; once a day the service is restarted. It must show:
+one forecast and one exchange call per pair and hour, all settled but the newest, every one recomputed from closed candles, and no open
+candle in the store. It prints counts, ratios and CPU times.
 """
 
 import argparse
@@ -58,10 +58,12 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
         source=LABEL, label=LABEL, first=known["timestamp"].iloc[0], last=known["timestamp"].iloc[-1], rows=len(known),
         gaps=len(find_gaps(known, "1h")), content_hash=content_hash(known),
     )  # fmt: skip
+    made = cutoff.to_pydatetime()
     manifest = Manifest(
-        pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe=recipe.model_dump(mode="json"),
-        recipe_hash=recipe.hash, data=span, cutoff=cutoff.to_pydatetime(), created_at=cutoff.to_pydatetime(), scores=[],
-        verdict={"passed": True}, golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries={}, git_revision="", run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
+        pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
+        recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.hash,
+        data=span, cutoff=made, created_at=made, scores=[], verdict={"passed": True}, libraries={}, git_revision="",
+        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
     )  # fmt: skip
     store.promote(pair, "1h", store.publish(manifest, model))
     return time.process_time() - begun

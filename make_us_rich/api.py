@@ -60,7 +60,7 @@ from .database import Token, User, connect, migrate, ping, session
 from .forecasting import Forecast
 from .model_store import VersionInfo
 from make_us_rich.settings import (
-    LEVELS, AuthError, Clock, ForecastUnavailable, MakeUsRichError, Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
+    LEVELS, AuthError, Clock, MakeUsRichError, Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip
 from .service import LONG_AGO, Answer, Event, PairState, Service, Subscription
 from make_us_rich.users import (
@@ -385,7 +385,7 @@ def ready(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     endpoint.ready = True  # type: ignore[attr-defined]
     return endpoint
 
-
+# %% ../nbs/13_api.ipynb #1d48a395
 class GuardedRoute(APIRoute):
     "A route that lets callers in by its declared access, and answers every error with a `Problem`."
 
@@ -530,6 +530,7 @@ class Api:
     streams: Streams
     metrics: Metrics
     logins: Limiter = field(default_factory=Limiter)
+    ages: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
     def states(self) -> dict[str, PairState]:
@@ -632,18 +633,25 @@ def _pair(text: str) -> str:
 
 
 def _answer_of(api: Api, pair: str) -> Answer:
-    try:
-        return api.service.answer(pair, INTERVAL)
-    except ForecastUnavailable:
-        served = sorted(api.states)
+    if (state := api.service.states.get((pair, INTERVAL))) and state.answer:
+        return state.answer
+    served = sorted(api.states)
     if pair in served or not served:
         raise Refusal(503, "no_forecast", f"there is no forecast of {pair} yet; try again in a few seconds", {"Retry-After": "5"})
     raise Refusal(404, "unknown_pair", f"{pair} is not served; served are: {', '.join(served)}")
 
 
+def _max_age(api: Api, etag: str, until: pd.Timestamp) -> str:
+    text, good = api.ages.get(etag, ("", 0.0))
+    if good < time.monotonic():
+        left = int((until - api.service.parts.now).total_seconds())
+        text = f"private, max-age={max(0, left - 1)}"
+        api.ages = {**api.ages, etag: (text, time.monotonic() + 1)} if len(api.ages) < 1000 else {}
+    return text
+
+
 def _ready(request: Request, body: bytes, etag: str, until: pd.Timestamp) -> Response:
-    left = (until - _api(request).service.parts.now).total_seconds()
-    headers = {"ETag": etag, "Cache-Control": f"private, max-age={int(max(0, left))}"}
+    headers = {"ETag": etag, "Cache-Control": _max_age(_api(request), etag, until)}
     if caller := request.scope.get("caller"):
         headers["X-Calls-Left"] = str(caller.left)
     had = next((value.decode("latin-1") for name, value in request.scope["headers"] if name == b"if-none-match"), "")
@@ -761,7 +769,7 @@ def _check_models_number(request: Request) -> Count:
 @router.put("/update_models", summary="Look for new champions now", **guard("admin"))
 def _update_models(request: Request) -> Count:
     "The service also does this by itself, every few seconds."
-    _look_now(_api(request).service)
+    _api(request).service.update_models()
     return _check_models_number(request)
 
 
@@ -771,11 +779,6 @@ def _update_date(request: Request) -> Now:
     api = _api(request)
     known = {pair: state.answer.forecast.as_of for pair, state in api.states.items() if state.answer}
     return Now(date=utc_iso(api.service.parts.now), as_of=known)
-
-
-def _look_now(service: Service) -> None:
-    service._list_due = service._poll_due = LONG_AGO
-    service.tick()
 
 # %% ../nbs/13_api.ipynb #82e23637
 class Record(BaseModel):
@@ -895,7 +898,7 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody) -> RolledBac
     version = api.service.parts.store.rollback(name, INTERVAL, body.version, f"{caller.name}: {body.reason}")
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", name, f"{version} {body.reason}")
-    _look_now(api.service)
+    api.service.update_models()
     return RolledBack(pair=name, version=version)
 
 # %% ../nbs/13_api.ipynb #68333aef

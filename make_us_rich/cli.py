@@ -215,13 +215,17 @@ def _outcome_lines(outcome: "Outcome") -> str:
     return "\n".join(lines)
 
 # %% ../nbs/18_cli.ipynb #05350dad
-@app.command(epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/]")
+@app.command(epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | [bold]mkrich forecast --api http://127.0.0.1:8750[/]")
 def forecast(
     pairs: SomePairs = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list on the standard output.")] = False,
     interval: IntervalOption = "1h",
+    api: Annotated[str | None, typer.Option(help="Ask the API at this URL instead of computing here.", metavar="URL")] = None,
+    token: Annotated[str | None, typer.Option(envvar="MKRICH_TOKEN", help="Token for --api; without: that of local mode.")] = None,
 ) -> None:
     "Forecast the next hour: median, ranges, P(up), how old and how reliable."
+    if api:
+        return _finish(_ask_api(api, token, pairs or []), as_json)
     from make_us_rich.candle_store import CandleStore
     from make_us_rich.candles import Pair
     from make_us_rich.exchange import BinanceClient
@@ -235,7 +239,17 @@ def forecast(
     if not names:
         raise ForecastUnavailable("no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model")
     loader = ModelLoader(models)
-    forecasts = [forecast_pair(pair, interval, loader, candles, client) for pair in names]
+    _finish([forecast_pair(pair, interval, loader, candles, client) for pair in names], as_json)
+
+
+def _ask_api(url: str, token: str | None, pairs: list[str]) -> "list[Forecast]":
+    from make_us_rich.client import Client
+
+    with Client(url, token) as client:
+        return [client.forecast(pair) for pair in pairs] if pairs else client.forecasts()
+
+
+def _finish(forecasts: "list[Forecast]", as_json: bool) -> None:
     _show_forecasts(forecasts, as_json)
     silent = [f for f in forecasts if f.status == "abstain"]
     for f in silent:
@@ -361,7 +375,7 @@ class Finding:
 
 
 SERVING = ("numpy", "pandas", "pyarrow", "python-binance", "pydantic", "obstore", "onnxruntime", "fastapi", "uvicorn", "typer")
-TRAINING = ("torch", "pytorch-lightning", "onnx", "onnxscript", "papermill", "ipykernel", "scipy", "wandb", "matplotlib")
+TRAINING = ("torch", "pytorch-lightning", "onnx", "papermill", "ipykernel", "scipy", "wandb", "matplotlib")
 
 
 def examine(settings: Settings) -> list[Finding]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'Plain', 'ME', 'UPDATE_MODELS', 'error_of', 'local_token', 'Call', 'read_frame', 'Memory', 'pause_after',
-           'unreachable', 'News', 'NewsReader', 'Client', 'AsyncClient']
+           'unreachable', 'News', 'NewsReader', 'Waiting', 'Client', 'Awaited', 'AsyncClient']
 
 # %% ../nbs/14_client.ipynb #c741af00
 import asyncio
@@ -12,7 +12,7 @@ import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -182,8 +182,8 @@ class NewsReader:
         return News(told["kind"], told["at"], told["pair"], told["data"])
 
 # %% ../nbs/14_client.ipynb #765fc2a0
-class Client:
-    "The API, one question after the other; use it in a `with` block or `close` it."
+class Waiting:
+    "A connection to the API; use it in a `with` block or `close` it."
 
     def __init__(self, url: str = "http://127.0.0.1:8750", token: str | None = None, *, timeout: float = 10.0) -> None:
         self.url, self.memory = url.rstrip("/"), Memory()
@@ -203,6 +203,20 @@ class Client:
                 return call.read(orjson.loads(self.memory.keep(call, response)))
             time.sleep(pause)
             tried += 1
+
+    def close(self) -> None:
+        "Close the connection."
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+# %% ../nbs/14_client.ipynb #12775935
+class Client(Waiting):
+    "The API, one question after the other."
 
     def forecast(self, pair: str | Pair) -> Forecast:
         "The newest forecast of a pair, or its abstention."
@@ -257,19 +271,9 @@ class Client:
         except httpx.TransportError as e:
             raise unreachable(self.url, e) from None
 
-    def close(self) -> None:
-        "Close the connection."
-        self._http.close()
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 # %% ../nbs/14_client.ipynb #07ba37b4
-class AsyncClient:
-    "The API, awaited; use it in an `async with` block or `close` it."
+class Awaited:
+    "A connection to the API, awaited; use it in an `async with` block or `close` it."
 
     def __init__(self, url: str = "http://127.0.0.1:8750", token: str | None = None, *, timeout: float = 10.0) -> None:
         self.url, self.memory = url.rstrip("/"), Memory()
@@ -289,6 +293,20 @@ class AsyncClient:
                 return call.read(orjson.loads(self.memory.keep(call, response)))
             await asyncio.sleep(pause)
             tried += 1
+
+    async def close(self) -> None:
+        "Close the connection."
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+# %% ../nbs/14_client.ipynb #86cc68d6
+class AsyncClient(Awaited):
+    "The API, awaited."
 
     async def forecast(self, pair: str | Pair) -> Forecast:
         "The newest forecast of a pair, or its abstention."
@@ -334,13 +352,3 @@ class AsyncClient:
                         yield news
         except httpx.TransportError as e:
             raise unreachable(self.url, e) from None
-
-    async def close(self) -> None:
-        "Close the connection."
-        await self._http.aclose()
-
-    async def __aenter__(self) -> "AsyncClient":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()

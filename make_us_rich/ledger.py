@@ -345,8 +345,8 @@ def record_sentence(record: TrackRecord) -> str:
     if not record.n or record.crps_base is None:
         return "live record: none yet"
     gain = (1 - record.crps_base) * 100
-    than = f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse"
-    return f"live record ({record.badge.colour}): {record.n} hours, ranges {than} than 'no change', the 80 % range held {_share(record.coverage[80].share)}"
+    than, hours = f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse", f"{record.n} hour{'s' if record.n > 1 else ''}"
+    return f"live record ({record.badge.colour}): {hours}, ranges {than} than 'no change', the 80 % range held {_share(record.coverage[80].share)}"
 
 
 def record_rows(record: TrackRecord) -> dict[str, str]:

@@ -24,6 +24,7 @@ from sqlalchemy.engine import Engine
 
 from .candles import Interval, Pair
 from .database import RunRow, insert_into, session
+from .recipe import load_recipe
 from .settings import Clock, MakeUsRichError, Settings, SettingsError, StoreError, log, system_clock, utc_iso
 
 if TYPE_CHECKING:
@@ -109,26 +110,37 @@ class RunLedger:
             return len(s.scalars(delete(RunRow).where(RunRow.started_at < before).returning(RunRow.id)).all())
 
 # %% ../nbs/16a_run_ledger.ipynb #bea87b51
-def close_abandoned(ledger: RunLedger, runs: Path, pair: str = "") -> list[RunRow]:
+def close_abandoned(ledger: RunLedger, settings: Settings, pair: str = "") -> list[RunRow]:
     "Give every row of this machine that says running, though nobody is at it, its true state; the rows that were closed."
-    from make_us_rich.runs import Outcome
-
     closed = []
     for row in ledger.rows(pair=pair, state="running", limit=1000):
-        if row.host != socket.gethostname() or not _is_free(runs / row.pair / "run.lock"):
-            continue
-        reason = f"the program that watched this run (started {utc_iso(row.started_at)}) was killed before the run ended"
-        facts: dict[str, Any] = {"exit_class": "abandoned", "reason": reason}
-        state = "abandoned"
-        try:
-            outcome = Outcome.model_validate_json((Path(row.notebook).parent / "outcome.json").read_bytes())
-            if outcome.run_id == row.run_id and outcome.state not in ("running", "abandoned") and _started_after(outcome, row):
-                state, facts = outcome.state, _facts(outcome)
-        except (OSError, ValueError):
-            pass
-        ledger.finish(row.run_id, state, **facts)
-        closed.append(row)
+        if row.host == socket.gethostname() and _is_free(settings.runs / row.pair / "run.lock"):
+            state, facts = _what_became(row, settings)
+            ledger.finish(row.run_id, state, **facts)
+            closed.append(row)
     return closed
+
+
+def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
+    "State and columns of a run that nobody watches any more."
+    from make_us_rich.model_store import ModelStore
+    from make_us_rich.runs import Outcome, _published_before
+
+    folder = Path(row.notebook).parent
+    try:
+        outcome = Outcome.model_validate_json((folder / "outcome.json").read_bytes())
+        if outcome.run_id == row.run_id and outcome.state not in ("running", "abandoned") and _started_after(outcome, row):
+            return outcome.state, _facts(outcome)
+    except (OSError, ValueError):
+        pass
+    killed = f"the program that watched this run (started {utc_iso(row.started_at)}) was killed before the run ended"
+    left = Outcome(state="running", run_id=row.run_id, pair=row.pair, interval=row.interval, cutoff=utc_iso(row.cutoff), recipe=row.recipe)
+    try:
+        if version := _published_before(ModelStore(settings.store_url), left, row.recipe_hash, folder):
+            return "published", {"exit_class": "ok", "version": version, "reason": f"{killed}; its version was published and is adopted"}
+    except StoreError as e:
+        killed += f"; whether it published is not known ({e})"
+    return "abandoned", {"exit_class": "abandoned", "reason": killed}
 
 
 def _is_free(lock: Path) -> bool:
@@ -181,7 +193,6 @@ def _name_full_disk(outcome: "Outcome") -> "Outcome":
 def plan_run(pair: str, interval: str, recipe: str, overrides: dict[str, Any], now: pd.Timestamp, settings: Settings) -> Planned:
     "The run that is due at exchange time `now`."
     from make_us_rich.runs import run_folder
-    from make_us_rich.training import load_recipe
 
     name, step = Pair.parse(pair), Interval.parse(interval)
     loaded, usual = load_recipe(recipe, **overrides), load_recipe("default").hash
@@ -210,7 +221,7 @@ def run_recorded(
 
     overrides = (parameters or {}).get("overrides", {})
     plan = plan_run(pair, interval, recipe, overrides, now if now is not None else _exchange_now(settings), settings)
-    close_abandoned(ledger, settings.runs, plan.pair)
+    close_abandoned(ledger, settings, plan.pair)
     ledger.give_up_retries(plan.pair, plan.interval, plan.recipe, plan.cutoff)
     planned = Outcome(state="running", run_id=plan.run_id, pair=plan.pair, interval=plan.interval, cutoff=utc_iso(plan.cutoff), recipe=plan.recipe)
     attempt = ledger.begin(plan, 2 * settings.deadline + 60, again)

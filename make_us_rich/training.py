@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Batch', 'chunk_starts', 'ChunkBatches', 'TrainingData', 'dense_rows', 'prepare', 'dense_batches', 'window_batches',
-           'CandleDataModule', 'build_network', 'batch_loss', 'make_optimizer', 'PricePredictor', 'Curve',
-           'wandb_modes', 'make_loggers', 'close_loggers', 'fit_member', 'held_out_shrink', 'TrainResult',
-           'training_loop', 'plot_history', 'Recipe', 'load_recipe']
+           'CandleDataModule', 'build_network', 'batch_loss', 'make_optimizer', 'follow', 'PricePredictor', 'Curve',
+           'wandb_modes', 'make_loggers', 'close_loggers', 'fit_member', 'quiet', 'training_bar', 'held_out_shrink',
+           'TrainResult', 'training_loop', 'plot_history', 'Recipe', 'load_recipe']
 
 # %% ../nbs/07_training.ipynb #05416e52
 import contextlib
@@ -130,7 +130,7 @@ def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h"
 def dense_batches(data: TrainingData, recipe: Recipe, part: range) -> ChunkBatches:
     "Chunks that score each candle row of `part` once, in order."
     begin, end = max(part.start - data.first, recipe.burn_in), part.stop - data.first
-    starts = torch.arange(begin, end, recipe.chunk - recipe.burn_in) - recipe.burn_in
+    starts = torch.arange(begin, max(begin, end), recipe.chunk - recipe.burn_in) - recipe.burn_in
     mask = data.ok.clone()
     mask[:begin], mask[end:] = False, False
     padded = tuple(torch.cat([rows, torch.zeros_like(rows[: recipe.chunk])]) for rows in (data.x, data.y, mask))
@@ -209,6 +209,14 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 # %% ../nbs/07_training.ipynb #0ef57ee6
+def follow(mean: nn.Module, now: nn.Module, ema: float, step: int) -> None:
+    "Move the weights of `mean` towards those of `now`, as the running mean does at `step` (from 1)."
+    keep = min(ema, step / (step + 9))
+    with torch.no_grad():
+        for slow, fast in zip(mean.parameters(), now.parameters(), strict=True):
+            slow.lerp_(fast, 1 - keep)
+
+# %% ../nbs/07_training.ipynb #824aa52b
 class PricePredictor(pl.LightningModule):
     "Trains one network of a recipe; logs `train/loss`, `valid/loss` and `test/loss`."
 
@@ -231,11 +239,8 @@ class PricePredictor(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        keep = min(self.recipe.ema, self.global_step / (self.global_step + 9))  # short memory at first
         if self.served is not self.network:
-            with torch.no_grad():
-                for mean, now in zip(self.served.parameters(), self.network.parameters(), strict=True):
-                    mean.lerp_(now, 1 - keep)
+            follow(self.served, self.network, self.recipe.ema, self.global_step)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         loss, count = batch_loss(self.recipe, self.served, batch)
@@ -334,7 +339,7 @@ def fit_member(
 
 # %% ../nbs/07_training.ipynb #b7883fc5
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     "Lightning and its warnings say only what is serious."
     lightning = logging.getLogger("pytorch_lightning")
     level = lightning.level
@@ -348,7 +353,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(recipe: Recipe, shown: bool) -> Iterator[Callable[[dict[str, float]], None]]:
+def training_bar(recipe: Recipe, shown: bool) -> Iterator[Callable[[dict[str, float]], None]]:
     "A bar on a terminal, nothing elsewhere; yields the function that takes the rows of `Curve`."
     with tqdm(total=recipe.members * recipe.epochs, unit="check", leave=False, disable=None if shown else True) as bar:
 
@@ -413,7 +418,7 @@ def training_loop(
     rows: list[dict[str, float]] = []
     loggers: list[Logger] = []
     try:
-        with _quiet(), _bar(recipe, progress) as tell:
+        with quiet(), training_bar(recipe, progress) as tell:
             data = prepare(frame, recipe, interval)
             loggers = make_loggers(logger_dir, run_name or recipe.name)
             modules = [CandleDataModule(data, recipe, member) for member in range(recipe.members)]

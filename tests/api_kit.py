@@ -19,14 +19,14 @@ import pandas as pd
 from servers import free_port
 from sqlalchemy import Engine
 
-from make_us_rich.api import create_app
+from make_us_rich.api import EXAMPLE, create_app
 from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair, load_sample
 from make_us_rich.database import connect, migrate, session
 from make_us_rich.exchange import BinanceClient
 from make_us_rich.forecasting import Forecast
 from make_us_rich.replay import ReplayServer
 from make_us_rich.service import Answer, PairState, Service
-from make_us_rich.settings import LEVELS, Settings, get_settings
+from make_us_rich.settings import Settings, get_settings
 from make_us_rich.users import add_user, create_token, get_user, revoke_token, set_disabled
 
 with warnings.catch_warnings():
@@ -38,14 +38,8 @@ PASSWORD = "correct horse battery"
 
 
 def a_forecast(**changes) -> Forecast:
-    near = {level: 37_000 * (1 + 0.01 * (level - 0.5)) for level in LEVELS}
-    facts = {
-        "pair": "BTC_USDT", "interval": "1h", "status": "ok", "sentence": "between 36,852 and 37,148", "as_of": "2023-11-23T19:00:00Z",
-        "target_open": "2023-11-23T19:00:00Z", "target_close": "2023-11-23T20:00:00Z", "last_close": 37_000.0, "median": 37_000.0, "quantiles": near,
-        "p_up": 0.5, "width": 1.0, "model_version": "20231123T180000Z-0123456789ab", "model_age_hours": 1.0, "data_age_minutes": 2.0, "source": "here",
-        "reliability": "not known", "run_id": "r",
-    }  # fmt: skip
-    return Forecast(**facts | changes)
+    "The example of the documentation, changed."
+    return Forecast(**EXAMPLE.model_dump() | changes)
 
 
 @dataclass
@@ -99,7 +93,7 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     engine = connect(settings.db_url, wait=wait)
     migrate(engine)
     service = Service(settings, engine=engine, clock=lambda: NOW)
-    service.start = service.run_forever = service.tick = lambda *_: None  # what it shows was put there by hand
+    service.start = service.run_forever = service.tick = service.update_models = lambda *_: None  # what it shows was put there by hand
     state = PairState(Pair("BTC", "USDT"), Interval("1h"))
     state.model = SimpleNamespace(manifest=SimpleNamespace(version="20231123T180000Z-0123456789ab", cutoff=NOW))
     state.record_body = orjson.dumps(service.ledger.track_record("BTC_USDT").to_dict())

@@ -1,4 +1,4 @@
-"""The API among the people, the programs and the troubles it will meet (FAULTS D and F): in-process where that shows it, else in real server processes."""
+"""The API among people, programs and troubles (FAULTS D and F): in-process where that shows it, else in real server processes."""
 
 import asyncio
 import json
@@ -90,10 +90,11 @@ def test_the_month_ends_and_calls_come_back(tmp_path):  # F69
 
 
 def test_our_faults_are_not_charged(world, monkeypatch):  # F70
-    def fail(*_):
-        raise RuntimeError("no such file: /srv/secret/model.onnx, password=hunter2")
+    class Broken(dict):
+        def get(self, *_):
+            raise RuntimeError("no such file: /srv/secret/model.onnx, password=hunter2")
 
-    monkeypatch.setattr(world.service, "answer", fail)
+    monkeypatch.setattr(world.service, "states", Broken())
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, world.used()) == (500, 0)
     assert "/srv" not in answer.text and "hunter2" not in answer.text and "Traceback" not in answer.text  # F81
@@ -138,7 +139,19 @@ def test_no_free_calls_while_the_database_is_in_trouble(tmp_path, harm):  # F79
 
 @pytest.mark.parametrize(
     "typed",
-    ["DOGE_USDT", "btc", "x" * 300, "..%2f..%2fetc%2fpasswd", "' OR 1=1--", "BTC_USDT%00", "%F0%9F%92%A9", "BTC_USDT%0A", "${jndi:x}", "BTC%2FUSDT", "%C0%AE"],
+    [
+        "DOGE_USDT",
+        "btc",
+        "x" * 300,
+        "..%2f..%2fetc%2fpasswd",
+        "' OR 1=1--",
+        "BTC_USDT%00",
+        "%F0%9F%92%A9",
+        "BTC_USDT%0A",
+        "${jndi:x}",
+        "BTC%2FUSDT",
+        "%C0%AE",
+    ],
 )
 def test_odd_pairs(world, typed):  # F62, F72
     for path in ("/v1/forecasts/", "/v1/candles/", "/v1/track-record/", "/v1/models/"):
@@ -165,7 +178,12 @@ def test_odd_pairs(world, typed):  # F62, F72
         ("GET", "/v1/forecasts", {"headers": {"x-padding": "y" * 100_000}}, 431),
         ("PATCH", "/v1/me", {}, 405),
         ("GET", "/v1/me/", {}, 404),
-        ("POST", "/v1/login", {"content": b'{"name": "ana", "password": "\\ud800\\ud800\\ud800"}', "headers": {"content-type": "application/json"}}, 422),
+        (
+            "POST",
+            "/v1/login",
+            {"content": b'{"name": "ana", "password": "\\ud800\\ud800\\ud800"}', "headers": {"content-type": "application/json"}},
+            422,
+        ),
     ],
 )
 def test_odd_calls(world, method, path, options, status):  # F73
@@ -187,7 +205,14 @@ def test_a_model_that_yields_nonsense_is_valid_json(world):  # F74
 
     world.show(a_forecast(median=float("nan"), quantiles={0.5: float("inf")}))
     json.loads(world.client().get("/v1/forecasts/BTC_USDT").content, parse_constant=strict)
-    refused = a_forecast(status="abstain", reason="model_output_invalid", sentence="the model gave prices that are not finite", median=None, quantiles={}, p_up=None)
+    refused = a_forecast(
+        status="abstain",
+        reason="model_output_invalid",
+        sentence="the model gave prices that are not finite",
+        median=None,
+        quantiles={},
+        p_up=None,
+    )
     world.show(refused)
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, answer.json()["reason"]) == (200, "model_output_invalid")  # "I do not know" is a normal answer
@@ -210,9 +235,12 @@ def test_metrics_are_for_this_machine_and_admins(world):
 def test_etags(world):
     first = world.client().get("/v1/forecasts/BTC_USDT")
     tag = first.headers["etag"]
-    codes = [world.client(**{"If-None-Match": sent}).get("/v1/forecasts/BTC_USDT").status_code for sent in (tag, f"W/{tag}", f'"x", {tag}', "*", '"x"', b"\xff")]
+    codes = [
+        world.client(**{"If-None-Match": sent}).get("/v1/forecasts/BTC_USDT").status_code
+        for sent in (tag, f"W/{tag}", f'"x", {tag}', "*", '"x"', b"\xff")
+    ]
     assert codes == [304, 304, 304, 304, 200, 200]
-    assert first.headers["cache-control"] == "private, max-age=3480"  # 58 minutes to the close
+    assert first.headers["cache-control"] == "private, max-age=3479"  # 58 minutes to the close
     world.show(a_forecast(median=37_001.0))
     assert world.client(**{"If-None-Match": tag}).get("/v1/forecasts/BTC_USDT").json()["median"] == 37_001.0
 
@@ -300,7 +328,8 @@ def connect_home(home, url=""):
     return engine
 
 
-def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_url):  # noqa: F811  F67, F68
+def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_url):  # noqa: F811
+    "F67, F68."
     engine = connect_home(tmp_path, database_url)
     now = pd.Timestamp.now("UTC")
     tokens = make_people(engine, now)
@@ -322,7 +351,11 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
         with session(engine) as s:
             assert s.execute(text("SELECT used FROM usage")).scalars().all() == [1000]
         metrics = httpx.get(f"{server.url}/metrics").text  # both workers together
-        counts = [float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith("mur_request_seconds_count") and "/v1/models" in line]
+        counts = [
+            float(line.rsplit(" ", 1)[1])
+            for line in metrics.splitlines()
+            if line.startswith("mur_request_seconds_count") and "/v1/models" in line
+        ]
         assert sum(counts) == 1400
         assert server.stop() == 0
     engine.dispose()
@@ -386,7 +419,10 @@ def test_local_mode_and_its_end(tmp_path):  # F94, F100
         readiness = httpx.get(f"{server.url}/readyz")
         assert (readiness.status_code, readiness.json()["error"]) == (503, "not_ready")  # F55: no store, no model, alive
         assert server.stop() == 0
-    with pytest.raises(AssertionError, match=r"others can reach 0.0.0.0, so at least one user .* make one with: mkrich users add"), served(home, host="0.0.0.0"):
+    with (
+        pytest.raises(AssertionError, match=r"others can reach 0.0.0.0, so at least one user .* make one with: mkrich users add"),
+        served(home, host="0.0.0.0"),
+    ):
         pass
 
 
@@ -406,10 +442,12 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
                 link.sendall(data)
                 return link.recv(4096)
 
+        login = b"POST /v1/login HTTP/1.1\r\nHost: x\r\n"
         odd = [
-            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", b"POST /v1/login HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{",
-            b"POST /v1/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"POST /v1/login HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", login + b"Content-Length: 1000000\r\n\r\n{",
+            login + b"Transfer-Encoding: chunked\r\n\r\n", login + b"Content-Length: -1\r\n\r\n",
             b"GET /v1/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
         ]  # fmt: skip
         for data in odd:
@@ -420,7 +458,8 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
         assert "Traceback" not in server.log.read_text()
 
 
-def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811  F65, F81, F95
+def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
+    "F65, F81, F95."
     url = postgresql.new_database()
     engine = connect_home(tmp_path, url)
     tokens = make_people(engine, pd.Timestamp.now("UTC"))
@@ -428,6 +467,7 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811  F65, F81, F95
     canaries = {"AWS_SECRET_ACCESS_KEY": "canary-aws-0123456789", "WANDB_API_KEY": "canary-wandb-0123456789"}
     pages = []
     with served(tmp_path / "home", database_url=url, **canaries) as server:
+
         def call(method, path, token=None, **options):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             pages.append(httpx.request(method, server.url + path, headers=headers, timeout=30, **options).text)
@@ -462,7 +502,8 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811  F65, F81, F95
     found = [(place, secret[:12]) for place, content in places.items() for secret in secrets if secret in content]
     assert found == [] and str(tmp_path) not in places["pages"]
     lines = [json.loads(line) for line in places["log"].splitlines()]
-    assert {line["event"] for line in lines if line.get("route") == "/v1/login"} == {"request"} and all("timestamp" in line for line in lines)
+    assert {line["event"] for line in lines if line.get("route") == "/v1/login"} == {"request"}
+    assert all("timestamp" in line for line in lines)
     engine.dispose()
 
 

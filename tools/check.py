@@ -19,8 +19,8 @@ LIBRARY = "make_us_rich"
 CANARIES = re.compile(r"injected-parameters|papermill|(?:/home|/root|/Users)/\w+|\bmur_[A-Za-z0-9_-]{30,}|-----BEGIN")
 
 
-def notebooks(root: Path = ROOT) -> list[Path]:
-    return sorted(p for p in (root / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts))
+def notebooks() -> list[Path]:
+    return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts))
 
 
 def cells(path: Path, kind: str = "code") -> list[str]:
