@@ -8,6 +8,7 @@ busy machine harms all alike. CPU per request is the server process's own, so ne
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import platform
 import signal
@@ -15,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -109,8 +109,8 @@ def start(kind: str, home: Path, exchange: str, poll: float = 20) -> tuple[subpr
     raise SystemExit(f"the server {kind} did not get ready")
 
 
-def swaps(store, pair: str, closed: pd.Timestamp, number: int, port: int, token: str) -> dict:
-    "Publish new champions one after the other, every fourth one bad, each as soon as the server has dealt with the one before."
+def swaps(told, store, pair: str, closed: pd.Timestamp, number: int, port: int, token: str) -> None:
+    "In a process of its own (the loader must not share a GIL with it): publish new champions one after the other, every fourth one bad, each as soon as the server has dealt with the one before."
     from tiny_model import publish
 
     served, bad, headers = set(), 0, {"Authorization": f"Bearer {token}"}
@@ -124,7 +124,7 @@ def swaps(store, pair: str, closed: pd.Timestamp, number: int, port: int, token:
             time.sleep(0.05)
         served.add(model["version"])
         bad += is_bad and model["version"] != version
-    return {"swaps": len(served), "bad refused": bad}
+    told.put({"swaps": len(served), "bad refused": bad})
 
 
 def main() -> None:
@@ -166,12 +166,14 @@ def main() -> None:
             middle = {kind: {key: statistics.median(r[kind][key] for r in rounds) for key in rounds[0][kind]} for kind in processes}
             swapping = processes["swaps"] = start("swaps", home, exchange.url, 0.3)
             still = measure(*swapping, paths["token"], token, max(options.seconds, 10), 4, 0.02)
-            done: dict = {}
-            changing = threading.Thread(target=lambda: done.update(swaps(store, "BTC_USDT", closed, options.swaps, swapping[1], token)))
+            fork = multiprocessing.get_context("fork")  # it inherits the trained graph
+            told = fork.Queue()
+            changing = fork.Process(target=swaps, args=(told, store, "BTC_USDT", closed, options.swaps, swapping[1], token))
             changing.start()
             moving: list[dict] = []
             while changing.is_alive():
                 moving.append(measure(*swapping, paths["token"], token, 5, 4, 0.02))
+            done = told.get(timeout=10)
         finally:
             for process, _ in processes.values():
                 process.send_signal(signal.SIGTERM)

@@ -250,7 +250,7 @@ class Simulation:
         hours = self.hours
         outages = set(range(hours // 4, hours // 4 + max(1, hours // 200)))
         restarts = {hours // 3: 0, 2 * hours // 3: max(1, min(5, hours // 8))}  # at this hour, down for so many hours
-        worker_kills = {hours // 5, hours // 2 + 1, hours - 2}
+        worker_kills = {hours // 5, hours // 2 + 1, hours - 2} if hours > 24 else {hours // 2 + 1}
         started, hour = time.monotonic(), 0
         self.child.start()
         while hour < hours:

@@ -15,11 +15,17 @@ import pytest
 from api_kit import NOW, PASSWORD, a_forecast, burst, make_people, make_world, served
 from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import text
+from tiny_model import publish, sample
 
 from make_us_rich.api import Streams, create_app
+from make_us_rich.candles import SAMPLE_LABEL
+from make_us_rich.client import Client
 from make_us_rich.database import connect, migrate, session
 from make_us_rich.forecasting import Forecast
+from make_us_rich.model_store import ModelStore
+from make_us_rich.replay import ReplayServer
 from make_us_rich.service import Event
+from make_us_rich.settings import SettingsError, utc_iso
 from make_us_rich.users import create_token, get_user, list_users
 
 
@@ -510,3 +516,41 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
 def list_users_of(engine):
     with session(engine) as s:
         return list_users(s)
+
+
+def test_from_a_published_model_to_a_client(tmp_path):
+    "The whole way, in processes: exchange, store, service, API, client; a new champion is news, and a rollback works."
+    frame = sample("BTC_USDT")
+    closed, home = frame["timestamp"].iloc[3000] + pd.Timedelta("1h"), tmp_path / "home"
+    with ReplayServer({"BTC_USDT": frame}, now=closed + pd.Timedelta("5s"), label=SAMPLE_LABEL) as exchange:
+        store = ModelStore((home / "models").as_uri(), exchange.clock.now)
+        first = publish(store, "BTC_USDT", closed - pd.Timedelta("3h"))
+        with served(home, exchange_url=exchange.url, poll_seconds="0.3") as server:
+            client = Client(server.url, (home / "local-token").read_text())
+            end = time.monotonic() + 60
+            while httpx.get(f"{server.url}/readyz").status_code != 200:
+                assert time.monotonic() < end, server.log.read_text()
+                time.sleep(0.2)
+            forecast = client.forecast("btc-usdt")
+            assert (forecast.status, forecast.model_version, forecast.as_of, forecast.label) == ("ok", first, utc_iso(closed), SAMPLE_LABEL)
+            assert client.candles("BTC_USDT", 24)["timestamp"].iloc[-1] + pd.Timedelta("1h") == closed  # no open candle
+            assert client.track_record("BTC_USDT")["n"] == 0
+            with pytest.raises(SettingsError, match="has no earlier champion"):
+                client.rollback("BTC_USDT", "too narrow")
+            calls, used = len(exchange.calls), client.me()["used"]
+            news = client.stream()
+            threading.Timer(0.5, lambda: publish(store, "BTC_USDT", closed - pd.Timedelta("2h"), mark=1)).start()
+            told = next(news)
+            assert (told.kind, told.data["from_version"]) == ("model", first)
+            news.close()
+            assert client.models()[0]["version"] == told.data["to_version"]
+            assert client.forecast("BTC_USDT") == forecast  # this hour's answer stays
+            assert client.rollback("BTC_USDT", "too narrow") == first
+            assert client.update_models() == ["BTC_USDT"]
+            assert (len(exchange.calls), client.me()["used"]) == (calls, used + 3)  # the stream, the models, the forecast; no exchange call
+            client.close()
+            assert server.stop() == 0
+    engine = connect(f"sqlite:///{home / 'mkrich.db'}")
+    with session(engine) as s:
+        assert s.execute(text("SELECT actor, target FROM audit WHERE action = 'model.rollback'")).all() == [("local", "BTC_USDT")]
+    engine.dispose()

@@ -1,0 +1,216 @@
+"""The schedule with real processes: the short simulated month, real notebooks through recorded runs, catch-up, no overlap, the worker's end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from servers import database_url, postgresql  # noqa: F401
+
+from make_us_rich.candles import fake_candles
+from make_us_rich.database import connect, migrate
+from make_us_rich.evidence import outside_requests
+from make_us_rich.model_store import ModelStore
+from make_us_rich.replay import Faults, ReplayServer
+from make_us_rich.run_ledger import Planned, RunLedger, run_recorded
+from make_us_rich.schedule import Options, Plan, PlanFile, Schedule, read_plan, run_once, start, stop
+from make_us_rich.settings import get_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "tests" / "notebooks" / "small_run.ipynb"
+STAND_IN = """
+import time
+import pandas as pd
+from make_us_rich.exchange import BinanceClient
+from make_us_rich.run_ledger import plan_run
+from make_us_rich.runs import Outcome
+
+def run(pair, *, settings, interval, recipe, parameters, **_):
+    now = BinanceClient(settings.exchange_url).now()
+    plan = plan_run(pair, interval, recipe, {}, now, settings)
+    time.sleep(float((settings.home / "seconds").read_text()) if (settings.home / "seconds").exists() else 0)
+    return Outcome(state="published", exit_class="ok", run_id=plan.run_id, pair=pair, interval=interval, cutoff=plan.cutoff.isoformat(), recipe=recipe, version=f"v{plan.cutoff:%H}")
+"""
+
+
+@pytest.fixture(scope="module")
+def exchange():
+    with ReplayServer({pair: fake_candles(400, seed) for seed, pair in enumerate(("BTC_USDT", "ETH_USDT"))}, label="synthetic candles") as server:
+        server.clock.advance("-100h")
+        yield server
+
+
+@pytest.fixture
+def settings(exchange, tmp_path, monkeypatch):
+    exchange.faults = Faults()
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=60)
+
+
+@pytest.fixture
+def ledger(settings):
+    settings.home.mkdir(exist_ok=True)
+    engine = connect(settings.db_url)
+    migrate(engine)
+    yield RunLedger(engine)
+    engine.dispose()
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_short_month(tmp_path):
+    "Kernels die, an outage, a full disk, a worker and two schedules killed: one true outcome each, no orphan, no half version, alerts."
+    command = [sys.executable, str(ROOT / "bench" / "simulated_month.py"), "--pairs", "2", "--hours", "9", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout[: done.stdout.index("}\n", done.stdout.index('"alerts"')) + 1])
+    assert figures["states"]["failed: disk_full"] == 2 and figures["states"]["failed: exchange"] == 2
+    assert figures["events"] == {"outage hours": 1, "worker killed": 1, "schedule killed": 2}
+
+
+def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchange):  # F27, F30, F95
+    def start_run(act="", **more):
+        parameters = {"history_days": 5, "act": act}
+        return run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters=parameters, notebook=NOTEBOOK, now=exchange.clock.now(), pause=60, **more)
+
+    killed = start_run("os.kill(os.getpid(), signal.SIGKILL)")
+    row = ledger.find(killed.run_id)
+    assert (row.state, row.exit_class, row.attempts) == ("failed", "kernel_died", 1) and row.retry_at > pd.Timestamp.now("UTC")
+    assert Path(row.notebook).name == "train.failed.ipynb" and Path(row.log).exists()
+    full = start_run("raise OSError(28, 'No space left on device')")
+    row = ledger.find(full.run_id)
+    assert (row.exit_class, row.retry_at, row.attempts) == ("disk_full", None, 2) and row.reason.startswith("disk full: OSError: [Errno 28]")
+    fine = start_run()
+    row = ledger.find(fine.run_id)
+    assert (row.state, row.version, row.attempts, row.exit_class) == ("published", fine.version, 3, "ok")
+    assert start_run().reason.startswith(f"nothing to do: no closed candle after {fine.cutoff} and the same recipe; that run was published")
+
+    from make_us_rich.schedule import _page
+
+    page = Path(_page(row.notebook, settings))
+    assert page.name == "train.html" and outside_requests(page.read_text()) == [] and "A small run" in page.read_text()
+
+
+def test_wrong_input_before_a_kernel_is_an_account_too(settings, ledger, exchange):
+    unknown = run_recorded("DOGE_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    row = ledger.find(unknown.run_id)
+    assert (row.state, row.exit_class, row.retry_at) == ("failed", "no_data", None) and "DOGE" in row.reason
+    exchange.faults = Faults(status=503)
+    away = run_recorded("ETH_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    row = ledger.find(away.run_id)
+    assert (row.state, row.exit_class) == ("failed", "exchange") and row.retry_at is not None
+
+
+def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypatch):  # F35
+    monkeypatch.setattr("make_us_rich.run_ledger._patiently", lambda write, seconds=20: None)
+    first = run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    assert (first.state, ledger.find(first.run_id).state) == ("published", "running")
+    monkeypatch.undo()
+    again = run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    row = ledger.find(first.run_id)
+    assert (row.state, row.version, again.state) == ("published", first.version, "skipped")
+    assert len(ModelStore(settings.store_url).versions("BTC_USDT", "1h")) == 1
+
+
+def test_two_machines_one_run(database_url):  # noqa: F811
+    engine = connect(database_url)
+    migrate(engine)
+    noon = pd.Timestamp("2026-11-24T12:00Z")
+    plan = Planned("BTC_USDT-1h-20261124T120000Z-abc", "BTC_USDT", "1h", noon, "default", "abc")
+    ledger = RunLedger(engine, lambda: noon)
+    assert [ledger.begin(plan), ledger.begin(plan)] == [1, None]
+    ledger.finish(plan.run_id, "refused", reason="why")
+    assert [ledger.begin(plan), ledger.begin(plan, again=True)] == [None, 2]
+    ledger.finish(plan.run_id, "published", version="v")
+    ledger.finish(plan.run_id, "failed")
+    (row,) = ledger.rows(pair="BTC_USDT", state="published", since=noon)
+    assert (row.version, row.started_at, row.cutoff) == ("v", noon, noon)
+    assert ledger.find(str(row.id)).run_id == plan.run_id and ledger.forget(noon + pd.Timedelta("1s")) == 1
+    engine.dispose()
+
+
+def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange, ledger):  # F36
+    options = Options(jobs=1, runner="stand_in:run", pause=0.2)
+    plan = read_plan("pairs: [BTC_USDT, ETH_USDT]\npretrain: false")
+    run_once(Schedule(settings, plan, options))
+    before = exchange.clock.now()
+    exchange.clock.advance("6h")
+    slots = run_once(Schedule(settings, plan, options))
+    assert [s.state for s in slots.values()] == ["published"] * 2
+    cutoffs = sorted({r.cutoff for r in ledger.rows()})
+    assert cutoffs == [before.floor("h"), exchange.clock.now().floor("h")] and len(ledger.rows()) == 4
+    slots = run_once(Schedule(settings, plan, options))
+    assert all(s.state == "skipped" and "asks for a run; that one was published" in s.note for s in slots.values())
+
+
+def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings, exchange, ledger):  # F37
+    settings.home.mkdir(exist_ok=True)
+    (settings.home / "seconds").write_text("4")
+    schedule = Schedule(settings, Plan({"BTC_USDT/1h/default": read_plan("- BTC_USDT").entries["BTC_USDT/1h/default"]}, ""), Options(jobs=2, tick=0.3, runner="stand_in:run"))
+    start(schedule)
+    try:
+        assert wait_for(lambda: len(ledger.rows(state="running")) == 1)
+        for _ in range(5):  # five hours pass in two seconds
+            exchange.clock.advance("1h")
+            time.sleep(0.4)
+        assert len(ledger.rows(state="running")) == 1
+        assert "retrain/BTC_USDT/1h/default" in schedule.watch.alerts.open
+        newest = exchange.clock.now().floor("h")
+        assert wait_for(lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()))
+        assert len(ledger.rows()) == 2, [(r.cutoff, r.state) for r in ledger.rows()]
+        assert wait_for(lambda: not schedule.watch.alerts.open, 20)
+    finally:
+        assert stop(schedule)
+
+
+def test_killed_schedule_leaves_no_orphan(settings, exchange, ledger, tmp_path):  # F29
+    settings.home.mkdir(exist_ok=True)
+    (settings.home / "seconds").write_text("60")
+    (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT]\npretrain: false\n")
+    program = f"""
+from pathlib import Path
+from make_us_rich.schedule import *
+from make_us_rich.settings import get_settings
+settings = get_settings(home={str(settings.home)!r}, runs={str(settings.runs)!r}, exchange_url={exchange.url!r})
+run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})), Options(runner="stand_in:run")), wait=1)
+"""
+    for end, seconds in ((signal.SIGKILL, 5), (signal.SIGTERM, 15)):
+        process = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert wait_for(lambda: ledger.rows(state="running"))
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        process.send_signal(end)
+        process.wait(30)
+        assert wait_for(lambda family=family: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), seconds)
+        assert len(ledger.rows(state="running")) == 1  # nobody was there to say otherwise
+        ledger.finish(ledger.rows()[0].run_id, "failed")
+        exchange.clock.advance("1h")
+
+
+def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_path):
+    (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT]\npretrain: false\n")
+    schedule = Schedule(settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=0.3, runner="stand_in:run"))
+    start(schedule)
+    try:
+        assert wait_for(lambda: schedule.slots.get("BTC_USDT/1h/default") and schedule.slots["BTC_USDT/1h/default"].state == "published")
+        (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT, {pair: ETH_USDT, minuts: 2}]\n")
+        assert wait_for(lambda: "plan/file" in schedule.watch.alerts.open, 15)
+        assert "did you mean minutes?" in schedule.watch.alerts.open["plan/file"].text
+        (tmp_path / "pairs.yaml").write_text("pairs: [ETH_USDT, {pair: BTC_USDT, recipe: nonsense}]\npretrain: false\n")
+        assert wait_for(lambda: schedule.slots.get("ETH_USDT/1h/default") and schedule.slots["ETH_USDT/1h/default"].state == "published")
+        assert wait_for(lambda: list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"], 20)
+        assert {job.id for job in schedule.jobs.get_jobs()} == {"look", "tidy", "ETH_USDT/1h/default", "BTC_USDT/1h/nonsense"}
+    finally:
+        stop(schedule)
