@@ -41,6 +41,7 @@ else:
     from make_us_rich.database import connect, migrate
     from make_us_rich.service import Service
     from make_us_rich.settings import get_settings
+    sys.setswitchinterval(0.001)  # as serve does
     api.configure_logging(open(f"{home}-{kind}.log", "w"))
     settings = get_settings(home=home, exchange_url=exchange, poll_seconds=float(poll), monthly_calls=10**9)
     engine = connect(settings.db_url)
@@ -110,7 +111,7 @@ def start(kind: str, home: Path, exchange: str, poll: float = 20) -> tuple[subpr
 
 
 def swaps(told, store, pair: str, closed: pd.Timestamp, number: int, port: int, token: str) -> None:
-    "In a process of its own (the loader must not share a GIL with it): publish new champions one after the other, every fourth one bad, each as soon as the server has dealt with the one before."
+    "Publish champions one after the other, every fourth one bad; in a process, since the loader must not share a GIL with it."
     from tiny_model import publish
 
     served, bad, headers = set(), 0, {"Authorization": f"Bearer {token}"}
@@ -125,6 +126,9 @@ def swaps(told, store, pair: str, closed: pd.Timestamp, number: int, port: int, 
         served.add(model["version"])
         bad += is_bad and model["version"] != version
     told.put({"swaps": len(served), "bad refused": bad})
+    told.close()
+    told.join_thread()
+    os._exit(0)  # without the ends of the parent's libraries
 
 
 def main() -> None:

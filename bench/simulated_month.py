@@ -1,13 +1,13 @@
-"""A month in minutes: the real schedule process over a replay exchange, with kernels that die, outages, a full disk, workers and schedules killed.
+"""A month in minutes: the real schedule over a replay exchange, with dying kernels, outages, a full disk, killed workers and schedules.
 
     python bench/simulated_month.py                       # 10 pairs, 30 days, light kernels
     python bench/simulated_month.py --pairs 3 --hours 24  # the short form
     python bench/simulated_month.py --kernels --pairs 2 --hours 6    # whole notebooks in real kernels
     python bench/simulated_month.py --idle 120            # what a schedule costs that has nothing to do
 
-The exchange's clock is moved hour by hour; each hour ends when every pair has its final row in the run ledger. Everything is real (processes,
-locks, SQLite, the model store, the alerts over HTTP) but the notebook: the light kernel is a small process that publishes noise instead of a
-model. At the end the ledger is compared with what should have run, with the model store and with what processes are left.
+The exchange's clock is moved hour by hour; each hour ends when every pair has its final row in the run ledger. Everything is real
+(processes, locks, SQLite, the model store, the alerts over HTTP) but the notebook: the light kernel is a small process that publishes noise
+instead of a model. At the end the ledger is compared with what should have run, with the model store and with what processes are left.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 
     output.parent.mkdir(parents=True, exist_ok=True)
     what = chaos(parameters["run_id"])
-    program = "import os, sys, time; time.sleep(30) if sys.argv[2] == 'hang' else time.sleep(.01); os.kill(os.getpid(), 9) if sys.argv[2] == 'kill' else 0"
+    program = "import os, sys, time; time.sleep(30 if sys.argv[2] == 'hang' else .01); os.kill(os.getpid(), 9) if sys.argv[2] == 'kill' else 0"
     child = subprocess.Popen([sys.executable, "-S", "-c", program, f"sim-kernel-{os.environ['SIM_TOKEN']}", what])
     try:
         code = child.wait(2)
@@ -82,7 +82,8 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
     if what == "bug":
         return Execution("cell_error", "KeyError: 'x' (in cell 4 of 5: Act)", error="KeyError: 'x'")
     if what == "disk_full":
-        return Execution("cell_error", "OSError: [Errno 28] No space left on device (in cell 5 of 5: Publish)", error="OSError: [Errno 28] No space left on device")
+        error = "OSError: [Errno 28] No space left on device"
+        return Execution("cell_error", f"{error} (in cell 5 of 5: Publish)", error=error)
     result = {"run_id": parameters["run_id"], "state": "refused", "version": "", "reasons": ["the CRPS is above the base's"]}
     if what != "refuse":
         result |= {"state": "published", "version": publish(parameters, promote=what != "late"), "reasons": []}
@@ -103,10 +104,12 @@ def publish(parameters, promote):
 
     frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], "1h", rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
-    span = DataSpan(source="sim", label="synthetic", first=frame["timestamp"].iloc[0], last=frame["timestamp"].iloc[-1], rows=24, gaps=0, content_hash="")
+    first, last = frame["timestamp"].iloc[[0, -1]]
+    span = DataSpan(source="sim", label="synthetic", first=first, last=last, rows=24, gaps=0, content_hash="")
+    run_id, cutoff = parameters["run_id"], parameters["cutoff"]
     draft = Manifest(
-        pair=parameters["pair"], interval="1h", window=24, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, run_id=parameters["run_id"],
-        recipe_hash=parameters["run_id"].rsplit("-", 1)[1], data=span, cutoff=parameters["cutoff"], created_at=parameters["cutoff"], scores=[],
+        pair=parameters["pair"], interval="1h", window=24, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, run_id=run_id,
+        recipe_hash=run_id.rsplit("-", 1)[1], data=span, cutoff=cutoff, created_at=cutoff, scores=[],
         verdict={"passed": True}, golden=Golden.of(values, times, np.linspace(1, 2, 21), 1.0), libraries={}, git_revision="-",
     )  # fmt: skip
     models = ModelStore(parameters["models_url"])
@@ -238,8 +241,8 @@ class Simulation:
         until = time.monotonic() + seconds
         while not self.finished(cutoff):
             if time.monotonic() > until:
-                open_rows = [(r.pair, r.state, r.exit_class, r.retry_at) for r in self.rows(cutoff) if r.state not in FINAL or r.retry_at is not None]
-                self.problems.append(f"{cutoff}: not finished after {seconds} s: {open_rows}, {len(self.rows(cutoff))} rows")
+                found = [(r.pair, r.state, r.exit_class, r.retry_at) for r in self.rows(cutoff)]
+                self.problems.append(f"{cutoff}: not finished after {seconds} s: {found}")
                 return
             time.sleep(0.03)
 
@@ -316,12 +319,13 @@ class Simulation:
         problems += [f"{r.pair} {r.cutoff} ran though it need not: {r.state}" for r in extra if r.cutoff != getattr(self, "lost_at", None)]
         problems += [f"{r.pair} {r.cutoff} still says running" for r in rows if r.state == "running"]
         problems += [f"{r.pair} {r.cutoff} has no reason" for r in rows if r.state in ("failed", "refused", "abandoned") and not r.reason]
-        orphans = [p.pid for p in psutil.process_iter(["cmdline"]) if any(self.token in word for word in p.info["cmdline"] or ()) and p.pid != os.getpid()]
-        problems += [f"orphan {pid}" for pid in orphans]
+        commands = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+        problems += [f"orphan {pid}" for pid, words in commands.items() if pid != os.getpid() and (self.token in words or str(self.folder) in words)]
         problems += self.check_alerts(rows)
         states = Counter(r.state if r.state != "failed" else f"failed: {r.exit_class}" for r in rows)
         retried = sum(r.attempts > 1 for r in rows)
-        return problems, {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events), "alerts": len(self.inbox.titles)}
+        alerts = len(self.inbox.titles)
+        return problems, {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events), "alerts": alerts}
 
     def check_alerts(self, rows):
         "Each trouble is told once until it is over; lasting troubles were told."
@@ -358,7 +362,8 @@ def measure_idle(seconds):
             time.sleep(seconds)
             after, memory = process.cpu_times(), process.memory_full_info()
             cpu = (after.user + after.system - before.user - before.system) / seconds
-            print(f"idle: {cpu:.2%} of a core over {seconds} s, RSS {memory.rss >> 20} MB, of its own (USS) {memory.uss >> 20} MB, children {len(process.children())}")
+            sizes = f"RSS {memory.rss >> 20} MB, of its own (USS) {memory.uss >> 20} MB"
+            print(f"idle: {cpu:.2%} of a core over {seconds} s, {sizes}, {len(process.children())} children")
         finally:
             sim.close()
 

@@ -6,12 +6,13 @@
 __all__ = ['CALLERS_FAULT', 'ASTRAY', 'BEARER', 'NEUTRAL', 'SECRET_FORMS', 'REQUEST_ID', 'Line', 'REQUEST_LOG', 'Access',
            'ACCESS', 'LARGEST_BODY', 'LARGEST_HEADERS', 'ID_FORM', 'TOKEN_IN_URL', 'TOO_BUSY', 'FREE', 'STREAM',
            'Handler', 'PRIVATE', 'INTERVAL', 'router', 'TROUBLES', 'PAIR_FORM', 'PairText', 'EXAMPLE', 'SHOWN',
-           'NOT_NEW', 'Asset', 'Quote', 'UserName', 'Password', 'TokenId', 'SSE', 'STYLE', 'POLICY', 'LOCAL_USER',
-           'Problem', 'Refusal', 'refusal_of', 'scrub', 'configure_logging', 'Metrics', 'Caller', 'Gate', 'Door',
-           'ready', 'GuardedRoute', 'Streams', 'Api', 'guard', 'create_app', 'Forecasts', 'Candles',
-           'ForecastWithCandles', 'Count', 'Now', 'Record', 'ServedModel', 'Models', 'Version', 'Versions',
-           'RollbackBody', 'RolledBack', 'Me', 'TokenInfo', 'NewToken', 'LoginBody', 'TokenBody', 'Tokens', 'UserInfo',
-           'Users', 'UserBody', 'UserChange', 'EventStream', 'Health', 'local_token_file', 'prepare_users', 'serve']
+           'NOT_NEW', 'Asset', 'Quote', 'KEPT', 'UserName', 'Password', 'TokenId', 'SSE', 'STYLE', 'POLICY',
+           'LOCAL_USER', 'Problem', 'Refusal', 'refusal_of', 'scrub', 'configure_logging', 'Metrics', 'Caller', 'Gate',
+           'Door', 'ready', 'GuardedRoute', 'Streams', 'Api', 'guard', 'create_app', 'Forecasts', 'Candles',
+           'ForecastWithCandles', 'Count', 'Now', 'Record', 'History', 'Overview', 'ServedModel', 'Models', 'Version',
+           'Versions', 'RollbackBody', 'RolledBack', 'Me', 'TokenInfo', 'NewToken', 'LoginBody', 'TokenBody', 'Tokens',
+           'UserInfo', 'Users', 'UserBody', 'UserChange', 'EventStream', 'Health', 'local_token_file', 'prepare_users',
+           'serve']
 
 # %% ../nbs/13_api.ipynb #77450b2f
 import asyncio
@@ -56,7 +57,7 @@ from uvicorn.supervisors import Multiprocess
 
 import make_us_rich
 from .candles import Pair
-from .database import Token, User, connect, migrate, ping, session
+from .database import ForecastRow, Token, User, connect, migrate, ping, session
 from .forecasting import Forecast
 from .model_store import VersionInfo
 from make_us_rich.settings import (
@@ -794,13 +795,13 @@ class Record(BaseModel):
     badge: dict[str, Any]
 
 
-@router.get("/v1/track-record", summary="How all forecasts turned out", **guard("counted", Record))
+@router.get("/v1/track-record", summary="How all forecasts turned out", **guard("known", Record))
 def _track_record(request: Request) -> Response:
     "No forecast is left out."
     return Response(_api(request).service.record_body(None, INTERVAL), media_type="application/json")
 
 
-@router.get("/v1/track-record/{pair}", summary="How the forecasts of a pair turned out", **guard("counted", Record))
+@router.get("/v1/track-record/{pair}", summary="How the forecasts of a pair turned out", **guard("known", Record))
 def _track_record_of(request: Request, pair: PairText) -> Response:
     "With the arithmetic of the badge, the hours without a forecast, and the record over time."
     api, name = _api(request), _pair(pair)
@@ -808,6 +809,62 @@ def _track_record_of(request: Request, pair: PairText) -> Response:
     if not (body := api.service.record_body(name, INTERVAL)):
         raise Refusal(503, "no_record", f"the record of {name} is being added up; try again in a few seconds", {"Retry-After": "5"})
     return Response(body, media_type="application/json")
+
+# %% ../nbs/13_api.ipynb #023d2e19
+class History(BaseModel):
+    "Forecasts as they were shown, newest first, with what came."
+
+    pair: str
+    interval: str
+    rows: list[dict[str, Any]]
+
+
+KEPT = (
+    "model_version", "run_id", "status", "reason", "last_close", "p_up", "width", "actual", "crps", "crps_base", "abs_error", "abs_error_naive",
+    "in50", "in80", "in95", "up_hit",
+)  # fmt: skip
+
+
+def _past(row: ForecastRow) -> dict[str, Any]:
+    times = {name: getattr(row, name) for name in ("target_open", "target_close", "as_of", "settled_at")}
+    quantiles = dict(zip(map(str, LEVELS), row.quantiles, strict=True)) if row.quantiles else None
+    return {name: time and utc_iso(time) for name, time in times.items()} | {name: getattr(row, name) for name in KEPT} | {"quantiles": quantiles}
+
+
+@router.get("/v1/forecasts/{pair}/history", summary="Earlier forecasts of a pair, and what came", **guard("known", History))
+def _history(request: Request, pair: PairText, limit: Annotated[int, Query(ge=1, le=720)] = 50) -> Response:
+    "No forecast is left out. Not counted as a call."
+    api, name = _api(request), _pair(pair)
+    _answer_of(api, name)
+    rows = api.service.ledger.rows(name, INTERVAL, limit)
+    return _json({"pair": name, "interval": INTERVAL, "rows": [_past(row) for row in rows]})
+
+# %% ../nbs/13_api.ipynb #41a431ab
+class Overview(BaseModel):
+    "One line per pair: its newest forecast, its last 24 closes, its badge."
+
+    model_config = ConfigDict(extra="allow")
+
+    now: str
+    pairs: list[dict[str, Any]]
+
+
+def _line(api: Api, pair: str, state: PairState) -> dict[str, Any]:
+    try:
+        closes = api.service.parts.candles.read(pair, INTERVAL, rows=24)["close"].tolist()
+    except MakeUsRichError:
+        closes = []
+    version = state.model.manifest.version if state.model else ""
+    forecast = state.answer.forecast.to_dict() if state.answer else None
+    badge = state.record.badge.colour if state.record else "grey"
+    return {"pair": pair, "forecast": forecast, "closes": closes, "badge": badge, "model_version": version, "problem": ""}
+
+
+@router.get("/v1/overview", summary="All pairs at a glance", **guard("counted", Overview))
+def _overview(request: Request) -> Response:
+    "One call, however many pairs are served; `now` is the exchange's time."
+    api = _api(request)
+    return _json({"now": utc_iso(api.service.parts.now), "pairs": [_line(api, pair, state) for pair, state in api.states.items()]})
 
 # %% ../nbs/13_api.ipynb #29bd7c96
 class ServedModel(BaseModel):
@@ -846,7 +903,7 @@ class Versions(BaseModel):
     versions: list[Version]
 
 
-@router.get("/v1/models", summary="The version that serves each pair", **guard("counted"))
+@router.get("/v1/models", summary="The version that serves each pair", **guard("known"))
 def _models(request: Request) -> Models:
     "Degraded means: the champion does not load or failed its trial, so an earlier version serves."
     return Models(models=[_served_model(pair, state) for pair, state in _api(request).states.items()])
@@ -1157,6 +1214,12 @@ def _readyz(request: Request) -> Response:
     return _json({"status": "ready"})
 
 
+@router.get("/v1/status", summary="What the service knows about itself", **guard("admin", dict[str, Any]))
+def _status(request: Request) -> Response:
+    "Pairs with their problems; sentences may name files and hosts, so admins only."
+    return _json(_api(request).service.status())
+
+
 @router.get("/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse, **guard("local"))
 def _metrics(request: Request) -> Response:
     "For programs on this machine, and for admins."
@@ -1248,6 +1311,7 @@ def prepare_users(engine: Engine, settings: Settings, now: pd.Timestamp) -> str:
 def _worker() -> FastAPI:
     "The application of one worker process, from the environment."
     configure_logging()
+    sys.setswitchinterval(0.001)  # the service's thread computes now and then, and calls should not wait 5 ms each time for the interpreter
     settings = get_settings()
     engine = connect(settings.db_url)
     return create_app(Service(settings, engine=engine), engine, settings)

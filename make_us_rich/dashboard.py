@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Plain', 'esc', 'COLOURS', 'DARK', 'HOUR', 'BADGES', 'SLOW', 'NEWS', 'REMEDIES', 'FILES', 'PATIENCE', 'LEGEND', 'LOGO',
-           'EXTENSIONS', 'decimals', 'price_text', 'when', 'minutes_text', 'age', 'ms', 'span', 'minutes_between',
-           'base_quote', 'past_traces', 'fan_traces', 'candle_traces', 'forecast_figure', 'skill_steps', 'skill_figure',
-           'promise_figure', 'after_fees', 'fees_sentence', 'ladder', 'forecast_card', 'pair_card', 'tiles', 'rules',
-           'table', 'history_table', 'Trouble', 'read', 'Api', 'Feed', 'banner', 'spawn', 'Live', 'Chart', 'Cards',
-           'ForecastView', 'PairDashboard', 'attempt', 'RecordView', 'usage_card', 'snippets', 'token_line',
-           'LoginView', 'AccountView', 'health_table', 'version_line', 'AdminView', 'head', 'Dashboard',
-           'open_dashboard', 'voila_config', 'Running', 'find_notebook', 'start_dashboard', 'run_dashboard']
+           'EXTENSIONS', 'decimals', 'price_text', 'when', 'minutes_text', 'age', 'ms', 'span', 'cutoff',
+           'minutes_between', 'base_quote', 'past_traces', 'fan_traces', 'candle_traces', 'forecast_figure',
+           'skill_steps', 'skill_figure', 'promise_figure', 'after_fees', 'fees_sentence', 'ladder', 'forecast_card',
+           'pair_card', 'tiles', 'rules', 'table', 'history_table', 'Trouble', 'read', 'Api', 'Feed', 'banner', 'spawn',
+           'Live', 'Chart', 'Cards', 'make_picker', 'ForecastView', 'PairDashboard', 'attempt', 'RecordView',
+           'usage_card', 'snippets', 'token_line', 'LoginView', 'AccountView', 'health_table', 'version_line',
+           'AdminView', 'head', 'Dashboard', 'open_dashboard', 'voila_config', 'Running', 'find_notebook',
+           'start_dashboard', 'run_dashboard']
 
 # %% ../nbs/15_dashboard.ipynb #37487773
 import asyncio
@@ -84,6 +85,12 @@ def span(forecast: Plain, percent: int) -> tuple[float, float]:
     return prices[half], prices[round(1 - half, 3)]
 
 
+def cutoff(version: str) -> str:
+    "The ISO time in the name of a version: the newest candle that it was trained on."
+    digits = version.partition("-")[0]
+    return f"{digits[:4]}-{digits[4:6]}-{digits[6:11]}:{digits[11:13]}:{digits[13:15]}Z" if len(digits) == 16 else ""
+
+
 def minutes_between(earlier: str, later: str) -> float:
     "Minutes from one ISO time to another."
     return (ms(later) - ms(earlier)) / 60_000
@@ -117,26 +124,28 @@ def _layout(**more: Any) -> Plain:
     return plain | {"showlegend": False, "hoverlabel": hover, "dragmode": "pan", "margin": {"l": 10, "r": 74, "t": 8, "b": 30}} | more
 
 # %% ../nbs/15_dashboard.ipynb #d12829b8
-def _boxes(ranges: Iterable[tuple[float, float, float, float]], colour: str, name: str) -> Plain:
-    "One trace of filled boxes (from, to, low, high)."
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for start, end, low, high in ranges:
-        x += [start, start, end, end, start, None]
-        y += [low, high, high, low, low, None]
+def _boxes(ranges: list[tuple[float, float, float]], colour: str, name: str) -> Plain:
+    "Boxes one hour wide (from, low, high); bars, because plotly draws these behind candles, and lines before them."
     return {
-        "type": "scatter", "name": name, "x": x, "y": y, "mode": "lines", "fill": "toself", "fillcolor": DARK[colour],
-        "line": {"width": 0}, "hoverinfo": "skip",
+        "type": "bar", "name": name, "x": [x for x, _, _ in ranges], "base": [low for _, low, _ in ranges], "y": [high - low for _, low, high in ranges],
+        "width": HOUR, "offset": 0, "marker": {"color": DARK[colour], "line": {"width": 0}}, "hoverinfo": "skip",
     }  # fmt: skip
+
+
+def _area(outline: list[tuple[float, float]], colour: str, name: str) -> Plain:
+    "A filled area within its outline."
+    x, y = [x for x, _ in outline], [y for _, y in outline]
+    line = {"width": 0}
+    return {"type": "scatter", "name": name, "x": x, "y": y, "mode": "lines", "fill": "toself", "fillcolor": DARK[colour], "line": line, "hoverinfo": "skip"}
 
 
 def past_traces(history: Plain, since: float) -> list[Plain]:
     "The 80 % ranges of settled hours from `since` on, those that held and those that missed."
     shown = [row for row in history["rows"] if row["quantiles"] and row["actual"] is not None and ms(row["target_open"]) >= since]
-    boxes = {True: [], False: []}  # type: dict[bool, list[tuple[float, float, float, float]]]
+    boxes: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for row in shown:
-        start, (low, high) = ms(row["target_open"]), span(row, 80)
-        boxes[low <= row["actual"] <= high].append((start, start + HOUR, low, high))
+        low, high = span(row, 80)
+        boxes[low <= row["actual"] <= high].append((ms(row["target_open"]), low, high))
     return [_boxes(boxes[True], "held", "past range, held"), _boxes(boxes[False], "missed", "past range, missed")]
 
 # %% ../nbs/15_dashboard.ipynb #8d2f048d
@@ -148,11 +157,9 @@ def fan_traces(forecast: Plain, hours: int = 24) -> list[Plain]:
         steps = [h / 2 for h in range(2, 2 * hours + 1)]
         up = [(start + h * HOUR, last * math.exp(high * h**0.5)) for h in steps]
         down = [(start + h * HOUR, last * math.exp(low * h**0.5)) for h in steps]
-        outline = up + down[::-1]
-        trace = _boxes([], f"far{percent}", f"{percent} % scaled to {hours} h, a guess")
-        traces.append(trace | {"x": [x for x, _ in outline], "y": [y for _, y in outline]})
+        traces.append(_area(up + down[::-1], f"far{percent}", f"{percent} % scaled to {hours} h, a guess"))
     for percent in (95, 80, 50):
-        traces.append(_boxes([(start, start + HOUR, *span(forecast, percent))], f"b{percent}", f"next hour, {percent} %"))
+        traces.append(_boxes([(start, *span(forecast, percent))], f"b{percent}", f"next hour, {percent} %"))
     middle = {"x": [start, start + HOUR], "y": [forecast["median"]] * 2, "line": {"color": DARK["accent"], "width": 2}}
     return [*traces, {"type": "scatter", "mode": "lines", "name": "median", "hoverinfo": "skip"} | middle]
 
@@ -181,17 +188,17 @@ def forecast_figure(candles: Plain, forecast: Plain | None, history: Plain, hour
     fan = fan_traces(forecast, hours) if forecast and ok else []
     end = x[-1] + HOUR * (hours + 1)
     first = max(0, len(x) - 36)
-    heights = [*drawn[0]["low"][first:], *drawn[0]["high"][first:], *(y for trace in fan for y in trace["y"] if y is not None)]
+    heights = [*drawn[0]["low"][first:], *drawn[0]["high"][first:], *(y for trace in fan if trace["type"] == "scatter" for y in trace["y"])]
     tag = {"x": 1, "xref": "paper", "y": close, "xanchor": "left", "showarrow": False, "text": f" {price_text(close, close)} ", "bgcolor": DARK["text"], "font": {"color": DARK["panel"], "size": 11}}
     notes = [tag] if ok else [tag, _no_forecast(x[-1] + HOUR * 13, close)]
     level = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": close, "y1": close, "line": {"color": DARK["soft"], "width": 1, "dash": "dot"}}
     ticks = f",.{decimals(close)}f" if close < 1000 else ",.0f"
     axes = {
-        "xaxis": _axis(type="date", range=[x[0], end], rangeslider={"visible": False}, fixedrange=False, showgrid=False),
-        "yaxis": _axis(side="right", domain=[0.17, 1], tickformat=ticks), "yaxis2": _axis(domain=[0, 0.13], showticklabels=False, showgrid=False),
+        "xaxis": _axis(type="date", range=[x[0], end], rangeslider={"visible": False}, fixedrange=False, showgrid=False, anchor="y2"),
+        "yaxis": _axis(side="right", domain=[0.16, 1], tickformat=ticks), "yaxis2": _axis(domain=[0, 0.13], showticklabels=False, showgrid=False),
     }  # fmt: skip
     meta = {"narrow": [x[first], end], "narrow_y": _room(heights)}
-    layout = _layout(**axes, annotations=notes, shapes=[level], uirevision=candles["pair"], hovermode="x", bargap=0.2, meta=meta)
+    layout = _layout(**axes, annotations=notes, shapes=[level], uirevision=candles["pair"], hovermode="x", barmode="overlay", bargap=0.2, meta=meta)
     return {"data": [*past_traces(history, x[0]), *fan, *drawn], "layout": layout}
 
 
@@ -216,11 +223,10 @@ def skill_figure(rows: list[Plain], window: int = 168) -> Plain:
     "Loss of the ranges against no change in trailing windows, with its band."
     steps = skill_steps(rows, window)
     x = [t for t, _, _ in steps]
-    band = _boxes([], "band", "95 % band") | {"x": x + x[::-1], "y": [r + h for _, r, h in steps] + [r - h for _, r, h in reversed(steps)]}
+    band = _area([(t, r + h) for t, r, h in steps] + [(t, r - h) for t, r, h in reversed(steps)], "band", "95 % band")
     line = {"type": "scatter", "mode": "lines", "name": "loss / no change", "x": x, "y": [r for _, r, _ in steps], "line": {"color": DARK["accent"], "width": 2}, "hovertemplate": "%{y:.3f}<extra></extra>"}
     even = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": DARK["soft"], "width": 1.5, "dash": "dash"}}
-    note = {"xref": "paper", "x": 0.01, "y": 1, "yanchor": "bottom", "xanchor": "left", "text": "no change", "showarrow": False, "font": {"color": DARK["soft"], "size": 11}}
-    layout = _layout(xaxis=_axis(type="date", showgrid=False), yaxis=_axis(side="right", tickformat=".2f"), shapes=[even], annotations=[note], hovermode="x")
+    layout = _layout(xaxis=_axis(type="date", showgrid=False), yaxis=_axis(side="right", tickformat=".2f"), shapes=[even], hovermode="x")
     return {"data": [band, line] if steps else [], "layout": layout}
 
 # %% ../nbs/15_dashboard.ipynb #9cc7f02f
@@ -275,7 +281,7 @@ def _facts(forecast: Plain, now: str) -> str:
         data = minutes_between(forecast["as_of"], now)
     pairs = {
         "newest candle closed": when(forecast.get("as_of") or ""), "its age": age(data) if data is not None else "not known",
-        "model": esc(forecast.get("model_version", "")[:16].replace("T", " ")[:13] or "none"), "model's age": age(model * 60) if model is not None else "not known",
+        "model trained up to": when(cutoff(forecast.get("model_version") or "")), "model's age": age(model * 60) if model is not None else "not known",
         "source": esc(forecast.get("label") or forecast.get("source") or "nothing fetched"),
         "hour ends in": age(minutes_between(now, forecast["target_close"]), "left") if now and forecast.get("target_close") else "not known",
     }  # fmt: skip
@@ -592,7 +598,7 @@ class Chart(anywidget.AnyWidget):
     kind = T.Unicode("chart").tag(sync=True)
     figure = T.Dict().tag(sync=True)
     palette = T.List([[dark, light] for dark, light in COLOURS.values()]).tag(sync=True)
-    height = T.Unicode("460px").tag(sync=True)
+    height = T.Unicode("max(380px, min(560px, 58vh))").tag(sync=True)
     label = T.Unicode("").tag(sync=True)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -639,25 +645,36 @@ def _legend() -> str:
     return f'<div class="mur-legend">{dark}</div>'
 
 
-class ForecastView(W.VBox):
-    "Cards of all pairs, the forecast of one in words, and its chart."
+def make_picker(feed: Feed) -> Cards:
+    "Cards of all pairs that choose the feed's pair."
+    cards = Cards(pairs=[], pair="")
+
+    def show() -> None:
+        with cards.hold_sync():
+            cards.pairs, cards.pair = [pair_card(line) for line in feed.pairs], feed.pair
+
+    def choose(change: Plain) -> None:
+        if change["new"] and change["new"] != feed.pair:
+            feed.pair = change["new"]
+            spawn(feed.load())
+
+    cards.observe(choose, "pair")
+    feed.listeners.append(show)
+    return cards
+
+
+class ForecastView(W.Box):
+    "The forecast of the feed's pair in words, and its chart."
 
     def __init__(self, feed: Feed) -> None:
-        self.feed, self.cards, self.card, self.chart = feed, Cards(pairs=[], pair=""), _html("", "mur-panel"), Chart()
-        drawn = _box([self.chart, _html(_legend())], "mur-panel", kind=W.VBox)
-        super().__init__([self.cards, _box([self.card, drawn], "mur-main")])
-        self.cards.observe(self._choose, "pair")
+        self.feed, self.card, self.chart = feed, _html("", "mur-panel"), Chart()
+        super().__init__([self.card, _box([self.chart, _html(_legend())], "mur-panel", kind=W.VBox)])
+        self.add_class("mur-main")
         feed.listeners.append(self.show)
-
-    def _choose(self, change: Plain) -> None:
-        if change["new"] and change["new"] != self.feed.pair:
-            self.feed.pair = change["new"]
-            spawn(self.feed.load())
 
     def show(self) -> None:
         "Draw what the feed knows."
         feed, forecast = self.feed, self.feed.forecast
-        self.cards.pairs, self.cards.pair = [pair_card(line) for line in feed.pairs], feed.pair
         nothing = "No pair is served yet: train and publish one." if feed.at else "Waiting for the first answer."
         self.card.value = forecast_card(forecast, feed.now) if forecast else f"<p>{nothing}</p>"
         if feed.candles and feed.candles["pair"] == feed.pair and feed.candles["rows"]:
@@ -670,9 +687,9 @@ class PairDashboard(W.VBox):
 
     def __init__(self, client: Any, pair: str = "") -> None:
         self.feed = Feed(Api.of(client), pair)
-        self.view, self.note = ForecastView(self.feed), _html()
+        self.picker, self.view, self.note = make_picker(self.feed), ForecastView(self.feed), _html()
         self.feed.listeners.append(lambda: setattr(self.note, "value", banner(self.feed)))
-        super().__init__([self.note, self.view, Live(self.feed)])
+        super().__init__([self.note, self.picker, self.view, Live(self.feed)])
         self.add_class("mur")
 
     async def start(self, patience: float = 1.5) -> "PairDashboard":
@@ -699,7 +716,7 @@ class RecordView(W.VBox):
         self.feed, self.loaded = feed, ("", 0.0)
         self.tiles, self.rules, self.table, self.note = _html(), _html("", "mur-panel"), _html("", "mur-panel"), _html()
         self.skill, self.promise = Chart(height="260px"), Chart(height="260px")
-        skill = _box([_html("<h2>Loss of the ranges against no change, trailing week</h2>"), self.skill, _html('<p class="mur-fine">Below 1 is better. The band holds the true ratio 95 times of 100.</p>')], "mur-panel", kind=W.VBox)
+        skill = _box([_html("<h2>Loss of the ranges against no change, trailing week</h2>"), self.skill, _html('<p class="mur-fine">Below 1 (dashed: no change) is better. The band holds the true ratio 95 times of 100.</p>')], "mur-panel", kind=W.VBox)
         kept = _box([_html("<h2>Promise and delivery</h2>"), self.promise, _html('<p class="mur-fine">Dot and bar: what happened, with its 95 % interval. Diamond: what was promised.</p>')], "mur-panel", kind=W.VBox)
         super().__init__([self.note, self.tiles, _box([skill, kept], "mur-two"), _html("<br>"), self.rules, _html("<br>"), self.table])
 
@@ -952,14 +969,14 @@ class Dashboard(W.VBox):
 
     def __init__(self, api: Api, pair: str = "") -> None:
         self.feed = Feed(api, pair)
-        self.top, self.note, self.live = _html(), _html(), Live(self.feed)
+        self.top, self.note, self.picker, self.live = _html(), _html(), make_picker(self.feed), Live(self.feed)
         self.account = AccountView(self.feed, lambda: spawn(self._someone_else()))
         self.views: dict[str, W.Widget] = {"Forecast": ForecastView(self.feed), "Track record": RecordView(self.feed), "Account": self.account, "Admin": AdminView(self.feed)}
         self.nav = W.ToggleButtons(options=["Forecast", "Track record", "Account"])
         self.nav.add_class("mur-nav")
-        self.nav.observe(lambda _: self.show(), "value")
+        self.nav.observe(lambda _: self._turn(), "value")
         self.feed.listeners.append(self.show)
-        super().__init__([self.top, self.note, self.nav, *self.views.values(), self.live])
+        super().__init__([self.top, self.note, self.nav, self.picker, *self.views.values(), self.live])
         self.add_class("mur")
         self.show()
 
@@ -970,6 +987,7 @@ class Dashboard(W.VBox):
         self.note.value = banner(self.feed) if self.account.me or (trouble and trouble.status != 401) else ""
         for name, view in self.views.items():
             (view.remove_class if name == self.nav.value else view.add_class)("mur-hidden")
+        (self.picker.add_class if self.nav.value == "Account" else self.picker.remove_class)("mur-hidden")
         chosen = self.views[self.nav.value]
         if self.account.me and isinstance(chosen, RecordView | AdminView):
             chosen.visit()
@@ -979,6 +997,11 @@ class Dashboard(W.VBox):
         if task := spawn(self._someone_else()):
             await asyncio.wait({task}, timeout=patience)
         return self
+
+    def _turn(self) -> None:
+        if self.nav.value == "Account" and self.account.me:
+            spawn(attempt(self.account.say, self.account.load()))
+        self.show()
 
     async def _someone_else(self) -> None:
         await attempt(self.account.say, self.account.load())

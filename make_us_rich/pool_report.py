@@ -23,10 +23,11 @@ from .candles import SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, Interval, clean_
 from make_us_rich.evaluation import (
     Base, Check, Verdict, coverage, crps, dm_test, evaluate, forecast_returns, next_returns, online_width, scorable_rows, widen,
 )  # fmt: skip
+from .features import CandleFeatures
 from .forecasting import open_session
 from .model_store import Bundle, DataSpan, Golden, Manifest, ModelStore
 from .pool import POOLED
-from .pooled import Pooled, PretrainResult, finetune, first_test_candle, pack_weights, unpack_weights
+from .pooled import Pooled, PretrainResult, finetune, first_test_candle, pack_weights, pool_cutoff, unpack_weights
 from .recipe import Recipe, load_recipe
 from .report import SAMPLE_URL, Markdown, Publication, Run, _git_revision, _libraries, _plain, _settings, open_market
 from .settings import LEVELS, CandleError, StoreError, system_clock, write_atomic
@@ -108,15 +109,16 @@ def _update(store: CandleStore, name: str, step: Interval, exchange_url: str) ->
             raise
 
 # %% ../nbs/12aa_pool_report.ipynb #43b75145
-def pool_table(run: PoolRun, result: PretrainResult) -> Markdown:
-    "Candles, first and last day, gaps, and how many candles were learned from, for each pair."
-    lines = [f"Cut-off: {result.pooled.cutoff:%Y-%m-%d %H:%M} UTC. No candle of any pair that closed later was learned from.", ""]
+def pool_table(run: PoolRun) -> Markdown:
+    "Candles, first and last day, gaps, and how many candles are learned from, for each pair."
+    cutoff = pool_cutoff(run.frames, run.recipe)
+    lines = [f"Cut-off: {cutoff:%Y-%m-%d %H:%M} UTC. No candle of any pair that closed later is learned from.", ""]
     lines += ["| pair | candles | first | last | gaps | missing | learned from |", "|---|---|---|---|---|---|---|"]
     for name, frame in run.frames.items():
         first, last = (f"{frame['timestamp'].iloc[i]:%Y-%m-%d}" for i in (0, -1))
-        learned = result.pooled.pairs.get(name, 0)
-        report = run.reports[name]
-        lines.append(f"| {name} | {len(frame):,} | {first} | {last} | {len(report.gaps)} | {report.missing} | {f'{learned:,}' if learned else 'too short'} |")
+        known, report = int(frame["timestamp"].searchsorted(cutoff)), run.reports[name]
+        learned = f"{known:,}" if known > CandleFeatures.span + run.recipe.chunk else "too few"
+        lines.append(f"| {name} | {len(frame):,} | {first} | {last} | {len(report.gaps)} | {report.missing} | {learned} |")
     return Markdown("\n".join(lines))
 
 # %% ../nbs/12aa_pool_report.ipynb #f7c2ea0d

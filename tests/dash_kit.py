@@ -47,7 +47,7 @@ def forecasts_of(pair: str, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list
     answers, bases = [], []
     for i in rows:
         last, opens = float(frame["close"].iloc[i]), frame["timestamp"].iloc[i] + HOUR
-        prices = last * np.exp(near[i] * TAILS)
+        prices = last * np.exp(near[i] * (TAILS + 0.08 * np.sin(i)))
         low, high = prices[2], prices[18]
         decimals = max(2, 4 - int(np.floor(np.log10(last))))
         facts = {

@@ -76,7 +76,8 @@ def test_a_full_disk_does_not_silence_the_alert_about_it(inbox, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_atomic", full)
-    Alerts(f"json://127.0.0.1:{inbox.port}", tmp_path / "alerts.json").update("disk", [Condition("disk/1", "the disk is nearly full", "12 MB are free")])
+    alerts = Alerts(f"json://127.0.0.1:{inbox.port}", tmp_path / "alerts.json")
+    alerts.update("disk", [Condition("disk/1", "the disk is nearly full", "12 MB are free")])
     assert titles(inbox) == ["the disk is nearly full"]
 
 
@@ -108,15 +109,14 @@ def test_do_not_know_is_not_all_is_well(inbox, tmp_path):
         alerts.update("exchange", found)
         if since is not None:
             assert exchange_away(NOON - pd.Timedelta("2min"), NOON) is None  # just restarted: leave it open
-    assert titles(inbox) == ["the exchange has not answered since 2026-11-24T11:00:00Z", "over: the exchange has not answered since 2026-11-24T11:00:00Z"]
+    title = "the exchange has not answered since 2026-11-24T11:00:00Z"
+    assert titles(inbox) == [title, f"over: {title}"]
 
 
 def run(hours_ago, state, **more):
-    facts = dict(
-        run_id=f"r{hours_ago}", pair="BTC_USDT", interval="1h", cutoff=NOON - hours_ago * HOUR, recipe="default", recipe_hash="0", state=state, exit_class="",
-        reason="why", version="", attempts=1, host="here", notebook="", log="", started_at=NOON,
-    )  # fmt: skip
-    return RunRow(**facts | more)
+    facts = {"run_id": f"r{hours_ago}", "cutoff": NOON - hours_ago * HOUR, "state": state, "reason": "why", "attempts": 1, "started_at": NOON}
+    plain = {"pair": "BTC_USDT", "interval": "1h", "recipe": "default", "recipe_hash": "0", "exit_class": "", "version": "", "host": "here"}
+    return RunRow(**facts | plain | {"notebook": "", "log": ""} | more)
 
 
 def test_rules_on_both_databases(database_url):  # noqa: F811
@@ -146,7 +146,8 @@ def test_rules_on_both_databases(database_url):  # noqa: F811
     assert found() == set()
     opened = NOON - 10 * HOUR
     with session(engine) as s:
-        s.add(ForecastRow(pair="BTC_USDT", interval="1h", as_of=opened, target_open=opened, target_close=opened + HOUR, model_version="v", issued_at=opened,
-                          status="ok", reason="", source="", label="", run_id=""))  # fmt: skip
+        times = {"as_of": opened, "target_open": opened, "target_close": opened + HOUR, "issued_at": opened}
+        texts = {"pair": "BTC_USDT", "interval": "1h", "model_version": "v", "status": "ok", "reason": "", "source": "", "label": "", "run_id": ""}
+        s.add(ForecastRow(**times | texts))
     assert found() == {"forecast", "settle"}
     engine.dispose()

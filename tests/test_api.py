@@ -346,7 +346,9 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
         port = int(server.url.rsplit(":", 1)[1])
 
         async def both():
-            return await asyncio.gather(burst(port, "/v1/models", tokens["member"], 700, 16), burst(port, "/v1/models", second, 700, 16))
+            return await asyncio.gather(
+                burst(port, "/v1/forecasts", tokens["member"], 700, 16), burst(port, "/v1/forecasts", second, 700, 16)
+            )
 
         answers = [answer for part in asyncio.run(both()) for answer in part]
         codes = [code for code, _ in answers]
@@ -360,7 +362,7 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
         counts = [
             float(line.rsplit(" ", 1)[1])
             for line in metrics.splitlines()
-            if line.startswith("mur_request_seconds_count") and "/v1/models" in line
+            if line.startswith("mur_request_seconds_count") and '"/v1/forecasts"' in line
         ]
         assert sum(counts) == 1400
         assert server.stop() == 0
@@ -381,9 +383,9 @@ def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
             with socket.create_connection(("127.0.0.1", port)) as link:
                 while not stop.is_set():
                     try:
-                        link.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+                        link.sendall(f"GET /v1/forecasts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
                         got = b""
-                        while not got.endswith(b'{"models":[]}'):
+                        while not got.endswith(b'{"forecasts":[]}'):
                             part = link.recv(65536)
                             if not part:
                                 break
@@ -547,7 +549,7 @@ def test_from_a_published_model_to_a_client(tmp_path):
             assert client.forecast("BTC_USDT") == forecast  # this hour's answer stays
             assert client.rollback("BTC_USDT", "too narrow") == first
             assert client.update_models() == ["BTC_USDT"]
-            assert (len(exchange.calls), client.me()["used"]) == (calls, used + 3)  # the stream, the models, the forecast; no exchange call
+            assert (len(exchange.calls), client.me()["used"]) == (calls, used + 2)  # the stream and the forecast; no exchange call
             client.close()
             assert server.stop() == 0
     engine = connect(f"sqlite:///{home / 'mkrich.db'}")

@@ -33,8 +33,10 @@ def module_of(path: Path) -> str | None:
 
 
 def scratch(folder: Path) -> Path:
-    "A copy of what nbdev reads."
+    "A copy of what nbdev reads; of the library only what no notebook exports (nbdev indexes it)."
     shutil.copytree(ROOT / "nbs", folder / "nbs")
+    for part in (p for p in (ROOT / LIBRARY).iterdir() if p.is_dir() and p.name != "__pycache__"):
+        shutil.copytree(part, folder / LIBRARY / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.parquet"))
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
 

@@ -104,7 +104,7 @@ function shown(figure, palette, narrow) {
     for (const trace of data) trace.x = trace.x.map(moved);
     for (const each of layout.annotations || []) if (each.xref !== "paper") each.x = moved(each.x);
     for (const each of layout.shapes || []) if (each.xref !== "paper") { each.x0 = moved(each.x0); each.x1 = moved(each.x1); }
-    if (narrow && layout.meta?.narrow) layout.xaxis.range = layout.meta.narrow;
+    if (narrow && layout.meta?.narrow) { layout.xaxis.range = layout.meta.narrow; layout.yaxis.range = layout.meta.narrow_y; }
     if (layout.xaxis.range) layout.xaxis.range = layout.xaxis.range.map(moved);
     if (narrow) layout.xaxis.nticks = 5;
   }
