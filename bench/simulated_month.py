@@ -69,7 +69,7 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 
     output.parent.mkdir(parents=True, exist_ok=True)
     what = chaos(parameters["run_id"])
-    program = "import os, sys, time; time.sleep(30 if sys.argv[2] == 'hang' else .01); os.kill(os.getpid(), 9) if sys.argv[2] == 'kill' else 0"
+    program = "import os, sys, time; w = sys.argv[2]; time.sleep(30 if w == 'hang' else .01); os.kill(os.getpid(), 9) if w == 'kill' else 0"
     child = subprocess.Popen([sys.executable, "-S", "-c", program, f"sim-kernel-{os.environ['SIM_TOKEN']}", what])
     try:
         code = child.wait(2)
@@ -302,7 +302,8 @@ class Simulation:
             runs = Counter(i.manifest.run_id for i in infos if i.manifest)
             self.problems += [f"{pair}: {n} versions of {run_id}" for run_id, n in runs.items() if n > 1]
             published = {r.version: r for r in rows if r.pair == pair and r.state == "published"}
-            self.problems += [f"{pair} {i.version} is in the store, the ledger does not know it" for i in infos if i.version not in published]
+            unknown = [i.version for i in infos if i.version not in published]
+            self.problems += [f"{pair} {version} is in the store, the ledger does not know it" for version in unknown]
             newest = max(published.values(), key=lambda r: r.cutoff, default=None)
             champion = models.champion(pair, "1h")
             if newest is not None and (champion is None or champion.version != newest.version):
@@ -318,9 +319,11 @@ class Simulation:
         extra = [r for r in rows if (r.pair, r.cutoff) not in wanted]
         problems += [f"{r.pair} {r.cutoff} ran though it need not: {r.state}" for r in extra if r.cutoff != getattr(self, "lost_at", None)]
         problems += [f"{r.pair} {r.cutoff} still says running" for r in rows if r.state == "running"]
-        problems += [f"{r.pair} {r.cutoff} has no reason" for r in rows if r.state in ("failed", "refused", "abandoned") and not r.reason]
+        problems += [f"{r.pair} {r.cutoff} has no reason" for r in rows if r.state != "published" and not r.reason]
         commands = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
-        problems += [f"orphan {pid}" for pid, words in commands.items() if pid != os.getpid() and (self.token in words or str(self.folder) in words)]
+        marks = (f"sim-kernel-{self.token}", str(self.folder))
+        commands.pop(os.getpid(), None)
+        problems += [f"orphan {pid}" for pid, words in commands.items() if any(mark in words for mark in marks)]
         problems += self.check_alerts(rows)
         states = Counter(r.state if r.state != "failed" else f"failed: {r.exit_class}" for r in rows)
         retried = sum(r.attempts > 1 for r in rows)
@@ -328,12 +331,14 @@ class Simulation:
         return problems, {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events), "alerts": alerts}
 
     def check_alerts(self, rows):
-        "Each trouble is told once until it is over; lasting troubles were told."
-        told, problems = Counter(), []
+        "Each trouble is told once until it is over (a schedule that is killed while it tells may repeat itself); lasting troubles were told."
+        last, repeated, problems = {}, 0, []
         for title in self.inbox.titles:
-            told[title.removeprefix("over: ")] += -1 if title.startswith("over: ") else 1
-            if told[title.removeprefix("over: ")] not in (0, 1):
-                problems.append(f"told twice: {title}")
+            what = title.removeprefix("over: ")
+            repeated += last.get(what, f"over: {what}") == title
+            last[what] = title
+        if repeated > self.events["schedule killed"] * len(self.pairs):
+            problems.append(f"{repeated} messages were told twice")
         if self.events["outage hours"] and not any(t.startswith("the exchange has not answered") for t in self.inbox.titles):
             problems.append("the outage was not told")
         if any(r.exit_class == "disk_full" for r in rows) and not any("the run with recipe" in t for t in self.inbox.titles):

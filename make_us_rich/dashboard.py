@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1045,7 +1046,7 @@ def voila_config(options: Plain) -> Plain:
         "file_allowlist": [], "file_denylist": [".*"], "extension_allowlist": EXTENSIONS, "prelaunch_hook": _limit(options["viewers"]),
     }  # fmt: skip
     server = {"ip": options["host"], "port": options["port"], "port_retries": 0, "base_url": options["base_url"], "token": options["token"], "open_browser": False, "log_level": 40}
-    return {"Voila": server, "VoilaConfiguration": page, "MappingKernelManager": quiet, "AsyncMappingKernelManager": quiet, "HistoryManager": {"enabled": False}}
+    return {"Voila": server, "VoilaConfiguration": page, "MappingKernelManager": quiet, "AsyncMappingKernelManager": quiet, "KernelManager": {"transport": "ipc"}}
 
 
 def _voila() -> None:
@@ -1136,9 +1137,9 @@ def _await(running: Running, host: str, port: int, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while running.process.poll() is None and time.monotonic() < end:
         try:
-            httpx.get(f"{running.url}voila/static/nothing", timeout=2, trust_env=False)
-            return
-        except httpx.TransportError:
+            with socket.create_connection((host, port), timeout=2):
+                return
+        except OSError:
             time.sleep(0.1)
     running.stop()
     raise SettingsError(f"the page server did not start on {host}:{port}; choose another port, and see what it said above")

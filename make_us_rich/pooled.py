@@ -26,7 +26,7 @@ from .candles import Interval
 from .features import CandleFeatures, Split, split
 from .model import CandleForecaster
 from .recipe import Recipe, load_recipe
-from .settings import CandleError, TrainingError, get_settings
+from .settings import CandleError, TrainingError
 from make_us_rich.training import (
     Batch, CandleDataModule, ChunkBatches, TrainingData, TrainResult, batch_loss, build_network, chunk_starts, close_loggers, dense_rows,
     fit_member, follow, held_out_shrink, make_loggers, make_optimizer, prepare, quiet, training_bar, training_loop,
@@ -146,7 +146,7 @@ def pretrain(
 ) -> PretrainResult:  # fmt: skip
     "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out."
     clock, cpu, threads, step = time.perf_counter(), time.process_time(), torch.get_num_threads(), Interval.parse(interval)
-    torch.set_num_threads(get_settings().threads)
+    torch.set_num_threads(1)
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
     rows: list[dict[str, float]] = []
     loggers = make_loggers(logger_dir, run_name or recipe.name)
@@ -225,7 +225,7 @@ def finetune(
     if pooled is None:
         return training_loop(frame, load_recipe("default"), interval=interval, logger_dir=logger_dir, progress=progress, run_name=run_name)
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(get_settings().threads)
+    torch.set_num_threads(1)
     try:
         data = prepare(frame, recipe, interval)
         _refuse_late(pooled, frame["timestamp"].iloc[data.split.test.start], Interval.parse(interval))

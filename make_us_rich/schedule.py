@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MINUTES_AFTER_CLOSE', 'PRETRAIN_CRON', 'TIDY_CRON', 'ORDERS', 'LINGER', 'DEATHS', 'Entry', 'recipe_name', 'read_cron',
-           'next_due', 'Plan', 'read_plan', 'PlanFile', 'ExchangeTime', 'ExchangeTrigger', 'serve_worker', 'obey',
-           'Worker', 'Crew', 'is_due', 'how_often', 'Watch', 'Options', 'Slot', 'take_in', 'Schedule', 'set_moments',
-           'look_around', 'watched_entries', 'find_problems', 'start', 'take_lock', 'stop', 'run_once',
-           'schedule_table', 'run_forever']
+           'next_due', 'Plan', 'read_plan', 'PlanFile', 'ExchangeTime', 'ask_time', 'ExchangeTrigger', 'serve_worker',
+           'obey', 'Worker', 'Crew', 'work', 'do_order', 'is_due', 'how_often', 'Watch', 'Options', 'Slot', 'take_in',
+           'Schedule', 'make_order', 'catch_up', 'set_moments', 'look_around', 'watched_entries', 'find_problems',
+           'start', 'check_addresses', 'take_lock', 'stop', 'run_once', 'schedule_table', 'run_forever']
 
 # %% ../nbs/17_schedule.ipynb #61e84815
 import difflib
@@ -20,19 +20,22 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from apscheduler.schedulers.background import BackgroundScheduler  # type: ignore[import-untyped]
-from apscheduler.triggers.base import BaseTrigger  # type: ignore[import-untyped]
-from apscheduler.triggers.cron import CronTrigger  # type: ignore[import-untyped]
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.cron import CronTrigger
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.markup import escape
@@ -208,25 +211,26 @@ class ExchangeTime:
 
     def look(self) -> float:
         "Ask; seconds by which our idea of the time was wrong."
-        import httpx
-
         expected = self.now()
-        try:
-            answer = httpx.get(self.url, timeout=5)
-            heard = self._heard(answer) or expected
-            self.why = "" if answer.status_code == 200 else f"HTTP {answer.status_code}"
-        except httpx.HTTPError as e:
-            heard, self.why = expected, type(e).__name__
+        heard, self.why = ask_time(self.url)
+        heard = heard or expected
         self.away_since = None if not self.why else self.away_since or expected
         self._there, self._here = heard, system_clock()
         return (heard - expected).total_seconds()
 
-    def _heard(self, answer: Any) -> pd.Timestamp | None:
-        try:
-            return pd.Timestamp(int(answer.json()["serverTime"]), unit="ms", tz="UTC")
-        except (ValueError, KeyError, TypeError):
-            date = answer.headers.get("Date")
-            return pd.Timestamp(parsedate_to_datetime(date)).tz_convert("UTC") if date else None
+
+def ask_time(url: str) -> tuple[pd.Timestamp | None, str]:
+    "The exchange's time if it told one, and what was wrong (empty: nothing)."
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return pd.Timestamp(int(json.load(answer)["serverTime"]), unit="ms", tz="UTC"), ""
+    except urllib.error.HTTPError as e:
+        date = e.headers.get("Date")
+        return (pd.Timestamp(parsedate_to_datetime(date)).tz_convert("UTC") if date else None), f"HTTP {e.code}"
+    except (OSError, HTTPException) as e:
+        return None, f"no answer ({type(e).__name__})"
+    except (ValueError, KeyError, TypeError):
+        return None, "an answer that is no time"
 
 # %% ../nbs/17_schedule.ipynb #3b2e11d2
 class ExchangeTrigger(BaseTrigger):
@@ -405,7 +409,7 @@ class Crew:
         self._orders: queue.Queue[str | None] = queue.Queue()
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
-        self._threads = [threading.Thread(target=self._work, daemon=True, name=f"crew-{i}") for i in range(jobs)]
+        self._threads = [threading.Thread(target=work, args=(self,), daemon=True, name=f"crew-{i}") for i in range(jobs)]
         for thread in self._threads:
             thread.start()
 
@@ -440,40 +444,44 @@ class Crew:
             thread.join(0.1 if not finished else 10)
         return finished
 
-    def _work(self) -> None:
-        worker = Worker(self.log_path)
-        try:
-            while True:
-                try:
-                    key = self._orders.get(timeout=LINGER if worker.process else None)
-                except queue.Empty:
-                    worker.close()
-                    continue
-                if key is None:
-                    return
-                self._do(worker, key)
-        finally:
-            worker.close()
+# %% ../nbs/17_schedule.ipynb #b6b7a23c
+def work(crew: Crew) -> None:
+    "What each thread of a crew does: take orders, until there is none for a while, until the end."
+    worker = Worker(crew.log_path)
+    try:
+        while True:
+            try:
+                key = crew._orders.get(timeout=LINGER if worker.process else None)
+            except queue.Empty:
+                worker.close()
+                continue
+            if key is None:
+                return
+            do_order(crew, worker, key)
+    finally:
+        worker.close()
 
-    def _do(self, worker: Worker, key: str) -> None:
-        with self._changed:
-            self.busy[key] = ("running", time.time())
-        try:
-            answer = worker.ask(self.make_order(key), self.longest)
-        except Exception as e:  # the pair may just have been taken from the list
-            answer = {"error": str(e), "again": False}
-        with self._changed:
-            more = key in self.once_more
-            self.once_more.discard(key)
-        try:
-            more = self.done(key, answer | {"once_more": more})
-        except Exception:
-            log.exception("what came of %s could not be taken in", key)
-        with self._changed:
-            self.busy.pop(key, None)
-            if more:
-                self.ask(key)
-            self._changed.notify_all()
+
+def do_order(crew: Crew, worker: Worker, key: str) -> None:
+    "One order, from its start to what came of it."
+    with crew._changed:
+        crew.busy[key] = ("running", time.time())
+    try:
+        answer = worker.ask(crew.make_order(key), crew.longest)
+    except Exception as e:  # the pair may just have been taken from the list
+        answer = {"error": str(e), "again": False}
+    with crew._changed:
+        more = key in crew.once_more
+        crew.once_more.discard(key)
+    try:
+        more = crew.done(key, answer | {"once_more": more})
+    except Exception:
+        log.exception("what came of %s could not be taken in", key)
+    with crew._changed:
+        crew.busy.pop(key, None)
+        if more:
+            crew.ask(key)
+        crew._changed.notify_all()
 
 # %% ../nbs/17_schedule.ipynb #2032c923
 def is_due(entry: Entry, newest: RunRow | None, now: pd.Timestamp) -> bool:
@@ -518,7 +526,8 @@ class Watch:
             rules["database"] = [Condition("database/away", "the database cannot be used", f"{e}. Nothing is recorded meanwhile.")]
         for rule, found in rules.items():
             if found is not None:
-                self.alerts.update(rule, found)
+                self.alerts.update(rule, found, deliver=False)
+        self.alerts.deliver()
         beat(self.heartbeat_url, well=not self.alerts.open)
         return not self.alerts.open
 
@@ -598,21 +607,15 @@ class Schedule:
         self._timers: dict[str, threading.Timer] = {}
         self._stopped = threading.Event()
         self.jobs = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
-        self.crew = Crew(self.options.jobs, self._order, self._done, 2 * settings.deadline + 300, settings.runs / "worker.log")
+        self.crew = Crew(self.options.jobs, lambda key: make_order(self, key), self._done, 2 * settings.deadline + 300, settings.runs / "worker.log")
+
+    def __repr__(self) -> str:
+        return f"Schedule({', '.join(self.plan.entries)}; {self.options.jobs} at once)"
 
     @property
     def plan(self) -> Plan:
         "The plan in force."
         return self.file.plan if self.file else self._plan
-
-    def _order(self, key: str) -> dict[str, Any]:
-        order: dict[str, Any] = {"settings": self.settings.model_dump(mode="json"), "now": self.clock.now().isoformat()}
-        if key in ("migrate", "tidy"):
-            return order | {"do": key}
-        if key == "pretrain":
-            return order | {"do": key, "pairs": sorted({e.pair for e in self.plan.entries.values()})}
-        more = {"notebook": self.options.notebook, "runner": self.options.runner, "pause": self.options.pause}
-        return order | {"do": "train", "entry": self.plan.entries[key].model_dump()} | more
 
     def _done(self, key: str, answer: dict[str, Any]) -> bool:
         slot = self.slots.setdefault(key, Slot())
@@ -622,7 +625,7 @@ class Schedule:
             self.crew.ask("migrate")  # closes what the dead worker left behind
         if key == "migrate" and "revision" in answer and not self._ready:
             self._ready = True
-            self.catch_up()
+            catch_up(self)
         if wait is not None and not answer["once_more"] and not self._stopping and (key in self.plan.entries or key == "migrate"):
             self._later(key, slot, wait)
         return bool(answer["once_more"])
@@ -642,19 +645,31 @@ class Schedule:
             if not self.crew.ask(key) and key in self.crew.once_more:
                 log.warning("%s is due, and its last run is still under way; it follows at once, for the newest candle", key)
 
-    def catch_up(self) -> None:
-        "Ask for a run of every entry for which one is missing: one each, whatever was missed."
-        now = self.clock.now()
-        for key, entry in list(self.plan.entries.items()):
-            try:
-                newest = self.watch.newest(entry)
-            except StoreError as e:
-                log.warning("%s", e)
-                newest = None
-            if is_due(entry, newest, now):
-                self.consider(key)
-            elif newest is not None:
-                self.slots[key] = Slot(f"no closed candle after {utc_iso(newest.cutoff)} asks for a run; that one was {newest.state}", "skipped")
+# %% ../nbs/17_schedule.ipynb #fdbdf450
+def make_order(schedule: Schedule, key: str) -> dict[str, Any]:
+    "What a worker is told for a key, with the time of this moment."
+    order: dict[str, Any] = {"settings": schedule.settings.model_dump(mode="json"), "now": schedule.clock.now().isoformat()}
+    if key in ("migrate", "tidy"):
+        return order | {"do": key}
+    if key == "pretrain":
+        return order | {"do": key, "pairs": sorted({e.pair for e in schedule.plan.entries.values()})}
+    more = {"notebook": schedule.options.notebook, "runner": schedule.options.runner, "pause": schedule.options.pause}
+    return order | {"do": "train", "entry": schedule.plan.entries[key].model_dump()} | more
+
+
+def catch_up(schedule: Schedule) -> None:
+    "Ask for a run of every entry for which one is missing: one each, whatever was missed."
+    now = schedule.clock.now()
+    for key, entry in list(schedule.plan.entries.items()):
+        try:
+            newest = schedule.watch.newest(entry)
+        except StoreError as e:
+            log.warning("%s", e)
+            newest = None
+        if is_due(entry, newest, now):
+            schedule.consider(key)
+        elif newest is not None:
+            schedule.slots[key] = Slot(f"no closed candle after {utc_iso(newest.cutoff)} asks for a run; that one was {newest.state}", "skipped")
 
 # %% ../nbs/17_schedule.ipynb #c25630cd
 def set_moments(schedule: Schedule) -> None:
@@ -679,7 +694,7 @@ def look_around(schedule: Schedule) -> None:
             log.info("the clock moved by %+.0f s", jump)
         set_moments(schedule)
         if schedule._ready:
-            schedule.catch_up()
+            catch_up(schedule)
     if schedule._ready:
         schedule.watch.look(watched_entries(schedule), schedule.clock, find_problems(schedule))
 
@@ -701,12 +716,22 @@ def find_problems(schedule: Schedule) -> list[Condition]:
 def start(schedule: Schedule) -> None:
     "Take the lock, ask the clock, catch up, and turn."
     take_lock(schedule)
+    check_addresses(schedule.options.alert_urls)
     schedule.clock.look()
     schedule.since = schedule.clock.now()
     schedule.crew.ask("migrate")
     set_moments(schedule)
     schedule.jobs.add_job(look_around, "interval", seconds=schedule.options.tick, args=[schedule], id="look")
     schedule.jobs.start()
+
+
+def check_addresses(urls: str) -> None:
+    "Refuse alert addresses that apprise cannot read, before a night passes in silence; in a process of its own, which keeps this one small."
+    program = "import sys; from make_us_rich.alerts import open_services; open_services(sys.stdin.read())"
+    if urls.strip():
+        done = subprocess.run([sys.executable, "-c", program], input=urls, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise SettingsError(done.stderr.strip().splitlines()[-1].partition(": ")[2] or "MUR_ALERT_URLS cannot be read")
 
 
 def take_lock(schedule: Schedule) -> None:

@@ -30,7 +30,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from .candles import Interval
 from .features import CandleFeatures, OriginalFeatures, Split, frame_tensors, split, targets
@@ -414,7 +414,7 @@ def training_loop(
 ) -> TrainResult:  # fmt: skip
     "Train every member of a recipe on a checked history; the best checkpoints, joined in one graph."
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(get_settings().threads)
+    torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
     loggers: list[Logger] = []
     try:

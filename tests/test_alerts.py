@@ -10,7 +10,7 @@ import pytest
 from servers import database_url, postgresql  # noqa: F401
 
 from make_us_rich import alerts as module
-from make_us_rich.alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, read_state, send_test
+from make_us_rich.alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, open_services, read_state, send_test
 from make_us_rich.database import ForecastRow, RunRow, connect, migrate, session
 from make_us_rich.settings import SettingsError
 
@@ -87,12 +87,12 @@ def test_no_address_in_logs_errors_or_reprs(inbox, tmp_path, caplog, capfd):  # 
         logging.getLogger(name).setLevel(logging.DEBUG)
     url = f"json://user:canary1@127.0.0.1:{inbox.port}/canary2, tgram://123456789:canary3canary3canary3canary3canary3c/77/"
     alerts = Alerts(url, tmp_path / "alerts.json")
-    alerts.services.popitem()  # telegram is not called here
+    alerts._urls.popitem()  # telegram is not called here
     alerts.update("run", [FAILED])
     assert beat(f"http://127.0.0.1:{inbox.port}/canary4") and not beat("http://127.0.0.1:9/canary5", timeout=1)
     assert send_test(f"json://127.0.0.1:{inbox.port}/canary6") == [("JSON", True)]
     with pytest.raises(SettingsError) as caught:
-        Alerts("nothing://canary7", tmp_path / "x.json")
+        open_services("nothing://canary7")
     assert [path for path, _ in inbox.got] == ["/canary2", "/canary4", "/canary6"]
     out, err = capfd.readouterr()
     for place in (caplog.text, out, err, str(caught.value), repr(alerts), (tmp_path / "alerts.json").read_text()):
@@ -114,9 +114,9 @@ def test_do_not_know_is_not_all_is_well(inbox, tmp_path):
 
 
 def run(hours_ago, state, **more):
-    facts = {"run_id": f"r{hours_ago}", "cutoff": NOON - hours_ago * HOUR, "state": state, "reason": "why", "attempts": 1, "started_at": NOON}
+    facts = {"run_id": f"r{hours_ago}", "cutoff": NOON - hours_ago * HOUR, "state": state, "reason": "why", "started_at": NOON}
     plain = {"pair": "BTC_USDT", "interval": "1h", "recipe": "default", "recipe_hash": "0", "exit_class": "", "version": "", "host": "here"}
-    return RunRow(**facts | plain | {"notebook": "", "log": ""} | more)
+    return RunRow(**facts | plain | {"notebook": "", "log": "", "attempts": 1} | more)
 
 
 def test_rules_on_both_databases(database_url):  # noqa: F811
@@ -147,7 +147,7 @@ def test_rules_on_both_databases(database_url):  # noqa: F811
     opened = NOON - 10 * HOUR
     with session(engine) as s:
         times = {"as_of": opened, "target_open": opened, "target_close": opened + HOUR, "issued_at": opened}
-        texts = {"pair": "BTC_USDT", "interval": "1h", "model_version": "v", "status": "ok", "reason": "", "source": "", "label": "", "run_id": ""}
-        s.add(ForecastRow(**times | texts))
+        texts = {"pair": "BTC_USDT", "interval": "1h", "model_version": "v", "status": "ok"}
+        s.add(ForecastRow(**times | texts | dict.fromkeys(("reason", "source", "label", "run_id"), "")))
     assert found() == {"forecast", "settle"}
     engine.dispose()

@@ -112,7 +112,7 @@ def test_a_morning(browser, local, stage):
         assert one.page.locator(CANDLES).count() == 120
         bars = one.page.locator(".mur-chart").first.evaluate("box => box.data.map(t => [t.name, t.x.length])")
         drawn = dict(map(tuple, bars))
-        assert drawn["past range, held"] + drawn["past range, missed"] == 119 and drawn["past range, held"] > 70
+        assert drawn["past range, held"] + drawn["past range, missed"] == 120 and drawn["past range, held"] > 80
         assert {"next hour, 50 %", "next hour, 80 %", "next hour, 95 %"} <= set(drawn)
         assert one.page.locator(".mur-chart").first.get_attribute("aria-label").startswith("Candles of BTC / USDT")
         low, high = (stage.forecast().quantiles[level] for level in (0.1, 0.9))

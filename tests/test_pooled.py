@@ -40,10 +40,11 @@ def manifest_of(pooled: Pooled, model: bytes, frame: pd.DataFrame, **changes: ob
     quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
     first, last = frame["timestamp"].iloc[[0, -1]]
     facts = {
-        "pair": str(POOLED), "interval": "1h", "window": window, "columns": VALUE_COLUMNS, "levels": list(LEVELS), "recipe": pooled.recipe.model_dump(),
-        "recipe_hash": pooled.recipe.hash, "data": DataSpan(source="synthetic", label="", first=first, last=last, rows=9, gaps=0, content_hash=""),
+        "pair": str(POOLED), "interval": "1h", "window": window, "columns": VALUE_COLUMNS, "levels": list(LEVELS),
+        "recipe": pooled.recipe.model_dump(), "recipe_hash": pooled.recipe.hash, "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
+        "data": DataSpan(source="synthetic", label="", first=first, last=last, rows=9, gaps=0, content_hash=""),
         "cutoff": pooled.cutoff, "created_at": pooled.cutoff, "scores": [{"model": "all pairs"}, {}, {}], "verdict": {"passed": True},
-        "golden": Golden.of(candles, times, quantiles[0], float(scale[0])), "libraries": {}, "git_revision": "", "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
+        "golden": Golden.of(candles, times, quantiles[0], float(scale[0])), "libraries": {}, "git_revision": "",
     }  # fmt: skip
     return Manifest(**facts | changes)
 
@@ -59,17 +60,20 @@ def publish(store: ModelStore, pooled: Pooled, frame: pd.DataFrame, weights: str
 def test_one_thread_and_two_give_the_same_bytes(way, frames, pooled, monkeypatch):
     def model(threads: int) -> bytes:
         monkeypatch.setenv("MUR_THREADS", str(threads))
-        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         if way == "scratch":
             forecaster = training_loop(frames["AAA_USDT"], load_recipe(**TINY), progress=False).forecaster
         elif way == "pretrain":
             forecaster = pretrain(frames, load_recipe("pooled", **TINY), progress=False).pooled.forecaster
         else:
             forecaster = finetune(frames["AAA_USDT"], pooled, FINE, progress=False).forecaster
-        assert torch.get_num_threads() == before
+        assert torch.get_num_threads() == threads
         return convert_model(forecaster)
 
-    assert model(1) == model(2)
+    try:
+        assert model(2) == model(1)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_exported_median_is_shrunk_as_in_torch(frames, pooled):
@@ -120,7 +124,7 @@ def test_weights_that_are_not_those_of_the_graph_are_refused(frames, pooled):
     for damaged in ("", "not base64", pack_weights(pooled.forecaster)[:-40]):
         empty = ModelStore("memory://")
         publish(empty, pooled, frames["AAA_USDT"], weights=damaged)
-        with pytest.raises(TrainingError, match="pretrain|train the pooled network again"):
+        with pytest.raises(TrainingError, match="train the pooled network again"):
             open_pooled(empty.load(POOLED))
 
 

@@ -1,4 +1,4 @@
-"""The schedule with real processes: the short simulated month, real notebooks through recorded runs, catch-up, no overlap, the worker's end."""
+"""The schedule with real processes: a short simulated month, real notebooks in recorded runs, catch-up, no overlap, no orphans."""
 
 import json
 import os
@@ -35,13 +35,16 @@ def run(pair, *, settings, interval, recipe, parameters, **_):
     now = BinanceClient(settings.exchange_url).now()
     plan = plan_run(pair, interval, recipe, {}, now, settings)
     time.sleep(float((settings.home / "seconds").read_text()) if (settings.home / "seconds").exists() else 0)
-    return Outcome(state="published", exit_class="ok", run_id=plan.run_id, pair=pair, interval=interval, cutoff=plan.cutoff.isoformat(), recipe=recipe, version=f"v{plan.cutoff:%H}")
+    cutoff = plan.cutoff.isoformat()
+    facts = dict(run_id=plan.run_id, pair=pair, interval=interval, cutoff=cutoff, recipe=recipe, version="v" + cutoff)
+    return Outcome(state="published", exit_class="ok", **facts)
 """
 
 
 @pytest.fixture(scope="module")
 def exchange():
-    with ReplayServer({pair: fake_candles(400, seed) for seed, pair in enumerate(("BTC_USDT", "ETH_USDT"))}, label="synthetic candles") as server:
+    frames = {pair: fake_candles(400, seed) for seed, pair in enumerate(("BTC_USDT", "ETH_USDT"))}
+    with ReplayServer(frames, label="synthetic candles") as server:
         server.clock.advance("-100h")
         yield server
 
@@ -70,6 +73,11 @@ def wait_for(condition, seconds=60):
     return condition()
 
 
+def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
+    options = {"parameters": {"history_days": 5}, "notebook": NOTEBOOK, "now": exchange.clock.now()} | more
+    return run_recorded(pair, settings=settings, ledger=ledger, **options)
+
+
 def test_short_month(tmp_path):
     "Kernels die, an outage, a full disk, a worker and two schedules killed: one true outcome each, no orphan, no half version, alerts."
     command = [sys.executable, str(ROOT / "bench" / "simulated_month.py"), "--pairs", "2", "--hours", "9", "--seed", "3"]
@@ -82,8 +90,7 @@ def test_short_month(tmp_path):
 
 def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchange):  # F27, F30, F95
     def start_run(act="", **more):
-        parameters = {"history_days": 5, "act": act}
-        return run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters=parameters, notebook=NOTEBOOK, now=exchange.clock.now(), pause=60, **more)
+        return recorded(settings, ledger, exchange, parameters={"history_days": 5, "act": act}, pause=60, **more)
 
     killed = start_run("os.kill(os.getpid(), signal.SIGKILL)")
     row = ledger.find(killed.run_id)
@@ -91,7 +98,8 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
     assert Path(row.notebook).name == "train.failed.ipynb" and Path(row.log).exists()
     full = start_run("raise OSError(28, 'No space left on device')")
     row = ledger.find(full.run_id)
-    assert (row.exit_class, row.retry_at, row.attempts) == ("disk_full", None, 2) and row.reason.startswith("disk full: OSError: [Errno 28]")
+    assert (row.exit_class, row.retry_at, row.attempts) == ("disk_full", None, 2)
+    assert row.reason.startswith("disk full: OSError: [Errno 28]")
     fine = start_run()
     row = ledger.find(fine.run_id)
     assert (row.state, row.version, row.attempts, row.exit_class) == ("published", fine.version, 3, "ok")
@@ -104,21 +112,21 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
 
 
 def test_wrong_input_before_a_kernel_is_an_account_too(settings, ledger, exchange):
-    unknown = run_recorded("DOGE_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    unknown = recorded(settings, ledger, exchange, "DOGE_USDT")
     row = ledger.find(unknown.run_id)
     assert (row.state, row.exit_class, row.retry_at) == ("failed", "no_data", None) and "DOGE" in row.reason
     exchange.faults = Faults(status=503)
-    away = run_recorded("ETH_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    away = recorded(settings, ledger, exchange, "ETH_USDT")
     row = ledger.find(away.run_id)
     assert (row.state, row.exit_class) == ("failed", "exchange") and row.retry_at is not None
 
 
 def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypatch):  # F35
     monkeypatch.setattr("make_us_rich.run_ledger._patiently", lambda write, seconds=20: None)
-    first = run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    first = recorded(settings, ledger, exchange, "BTC_USDT")
     assert (first.state, ledger.find(first.run_id).state) == ("published", "running")
     monkeypatch.undo()
-    again = run_recorded("BTC_USDT", settings=settings, ledger=ledger, parameters={"history_days": 5}, notebook=NOTEBOOK, now=exchange.clock.now())
+    again = recorded(settings, ledger, exchange, "BTC_USDT")
     row = ledger.find(first.run_id)
     assert (row.state, row.version, again.state) == ("published", first.version, "skipped")
     assert len(ModelStore(settings.store_url).versions("BTC_USDT", "1h")) == 1
@@ -158,7 +166,7 @@ def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange,
 def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings, exchange, ledger):  # F37
     settings.home.mkdir(exist_ok=True)
     (settings.home / "seconds").write_text("4")
-    schedule = Schedule(settings, Plan({"BTC_USDT/1h/default": read_plan("- BTC_USDT").entries["BTC_USDT/1h/default"]}, ""), Options(jobs=2, tick=0.3, runner="stand_in:run"))
+    schedule = Schedule(settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=0.3, runner="stand_in:run"))
     start(schedule)
     try:
         assert wait_for(lambda: len(ledger.rows(state="running")) == 1)
