@@ -24,7 +24,8 @@ class BuildWithNotebooks(build_py):
             return
         target = Path(self.build_lib) / cfg["lib_path"] / "notebooks"
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((ROOT / cfg["nbs_path"]).glob("run_*.ipynb")):
+        notebooks = ROOT / cfg["nbs_path"]
+        for notebook in [*sorted(notebooks.glob("run_*.ipynb")), notebooks / "dashboard.ipynb"]:
             shutil.copy2(notebook, target)
 
 
@@ -40,7 +41,9 @@ setuptools.setup(
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Developers"],
     python_requires=f">={cfg['min_python']}",
     packages=setuptools.find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*"]},
+    package_data={
+        cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*", "dashboard_template/**"],
+    },
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in EXTRAS},
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

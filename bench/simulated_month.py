@@ -331,7 +331,7 @@ class Simulation:
         return problems, {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events), "alerts": alerts}
 
     def check_alerts(self, rows):
-        "Each trouble is told once until it is over (a schedule that is killed while it tells may repeat itself); lasting troubles were told."
+        "Each trouble is told once until it is over (a schedule that is killed while it tells may repeat itself)."
         last, repeated, problems = {}, 0, []
         for title in self.inbox.titles:
             what = title.removeprefix("over: ")

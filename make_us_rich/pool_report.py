@@ -21,7 +21,7 @@ import torch
 from .candle_store import CandleStore
 from .candles import SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, Interval, clean_candles
 from make_us_rich.evaluation import (
-    Base, Check, Verdict, coverage, crps, dm_test, evaluate, forecast_returns, next_returns, online_width, scorable_rows, widen,
+    Base, Check, Verdict, crps, dm_test, evaluate, forecast_returns, next_returns, online_width, scorable_rows, widen,
 )  # fmt: skip
 from .features import CandleFeatures
 from .forecasting import open_session
@@ -124,7 +124,7 @@ def pool_table(run: PoolRun) -> Markdown:
 # %% ../nbs/12aa_pool_report.ipynb #f7c2ea0d
 @dataclass(frozen=True)
 class PoolScores:
-    "`table`: one row for all pairs, then one for each; `hours`: loss and coverage of every scored hour."
+    "`table`: one row for all pairs, then one for each; `hours`: CRPS minus the base's of every scored hour, in units of the base's mean."
 
     table: pd.DataFrame
     hours: pd.DataFrame
@@ -155,9 +155,8 @@ def score_pool(run: PoolRun, result: PretrainResult) -> PoolScores:
         y, base = next_returns(frame, rows, run.interval), Base(run.interval).quantiles(frame, rows)
         table[name] = evaluate(frame, rows, {"pooled": Q}, run.interval).table.loc["pooled"]
         loss = crps(y, base)
-        inside = {f"cov{p}": [coverage(y[i : i + 1], Q[i : i + 1], p) for i in range(len(y))] for p in (50, 80, 95)}
         times = frame["timestamp"].iloc[rows].to_numpy()
-        hours.append(pd.DataFrame({"pair": name, "time": times, "difference": (crps(y, Q) - loss) / loss.mean(), **inside}))
+        hours.append(pd.DataFrame({"pair": name, "time": times, "difference": (crps(y, Q) - loss) / loss.mean()}))
     if not hours:
         raise CandleError("no pair has 100 hours after the cut-off that can be scored; fetch a longer history", "short_history")
     every = pd.concat(hours, ignore_index=True)
@@ -190,15 +189,21 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     whole, each, n = scores.table.iloc[0], scores.table.iloc[1:], len(scores.hours)
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
     checks = [
-        Check("enough_hours", n >= 720, n, "at least 720 scored hours", f"{n} hours of {len(each)} pairs were scored."),
-        Check("beats_base", t < -1.64, t, "one-sided DM t < -1.64 on CRPS", f"The CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}."),
-        Check("most_pairs", better >= 0.75, better, "better than the base for 75 % of the pairs", f"It is better for {better:.0%} of the pairs."),
+        _check("enough_hours", n >= 720, n, "at least 720 scored hours", f"{n} hours of {len(each)} pairs were scored"),
+        _check("beats_base", t < -1.64, t, "one-sided DM t < -1.64 on CRPS", f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}"),
+        _check("most_pairs", better >= 0.75, better, "better than the base for 75 % of the pairs", f"it is better for {better:.0%} of the pairs"),
     ]
     for percent, low, high in ((80, 0.75, 0.85), (95, 0.925, 0.975)):
-        share = float(whole[f"cov{percent}"])
-        rule = f"{low:.1%} to {high:.1%} inside the {percent} % range"
-        checks.append(Check(f"coverage_{percent}", low <= share <= high, share, rule, f"The {percent} % range held {share:.1%} of the hours."))
-    return Verdict([*checks, Check("onnx_parity", parity <= 1e-5, parity, "ONNX and torch differ by at most 1e-5", f"They differ by {parity:.1g}.")])
+        share, rule = float(whole[f"cov{percent}"]), f"{low:.1%} to {high:.1%} inside the {percent} % range"
+        checks.append(_check(f"coverage_{percent}", low <= share <= high, share, rule, f"the {percent} % range held {share:.1%} of the hours"))
+    parity_rule = "ONNX and torch differ by at most 1e-5"
+    return Verdict([*checks, _check("onnx_parity", parity <= 1e-5, parity, parity_rule, f"they differ by {parity:.1g}")])
+
+
+def _check(name: str, passed: bool, value: float, rule: str, found: str) -> Check:
+    "A check whose sentence tells, if it failed, the rule and what to do."
+    sentence = f"{found[0].upper()}{found[1:]}" + ("." if passed else f", the rule is: {rule}; keep the champion, and pool more or longer histories.")
+    return Check(name, bool(passed), float(value), rule, sentence)
 
 # %% ../nbs/12aa_pool_report.ipynb #8735830e
 def pool_metadata(run: PoolRun, result: PretrainResult) -> dict[str, str]:

@@ -146,10 +146,10 @@ def pretrain(
 ) -> PretrainResult:  # fmt: skip
     "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out."
     clock, cpu, threads, step = time.perf_counter(), time.process_time(), torch.get_num_threads(), Interval.parse(interval)
-    torch.set_num_threads(1)
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
     rows: list[dict[str, float]] = []
     loggers = make_loggers(logger_dir, run_name or recipe.name)
+    torch.set_num_threads(1)
     try:
         with quiet(), training_bar(recipe, progress) as tell:
             pool = usable(frames, cutoff, recipe, step)

@@ -326,11 +326,19 @@ def _pretrain(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
         notebook = find_notebook("run_pretrain.ipynb")
     except SettingsError:
         return {"skipped": "the pooled model was not trained: there is no run_pretrain.ipynb in this installation"}
-    known = _notebook_parameters(notebook)
-    values = {"pairs": order["pairs"], "home": str(settings.home.absolute()), "models_url": settings.store_url, "exchange_url": settings.exchange_url}
     output = settings.runs / "pooled" / f"{pd.Timestamp(order['now']):%Y-%m-%dT%H}" / "pretrain.ipynb"
-    end = run_notebook(notebook, output, {k: v for k, v in values.items() if k in known}, deadline=4 * settings.deadline, threads=settings.threads)
-    return {"pretrain": end.exit_class} if end.exit_class == "ok" else {"error": f"the pooled model was not trained: {end.reason}", "again": False}
+    result = output.parent / "result.json"
+    values = {"pairs": order["pairs"], "home": str(settings.home.absolute()), "models_url": settings.store_url, "exchange_url": settings.exchange_url}
+    values |= {"result_path": str(result.absolute())}
+    known = _notebook_parameters(notebook)
+    end = run_notebook(
+        notebook, output, {k: v for k, v in values.items() if k in known}, deadline=4 * settings.deadline, threads=settings.threads,
+        environment=settings.environment(),
+    )  # fmt: skip
+    if end.exit_class != "ok":
+        return {"error": f"the pooled model was not trained: {end.reason}", "again": False}
+    facts = json.loads(result.read_text()) if result.exists() else {}
+    return {"outcome": {"state": facts.get("state", "done"), "version": facts.get("version", ""), "reason": "; ".join(facts.get("reasons", []))}}
 
 
 ORDERS: dict[str, Callable[[dict[str, Any], Settings], dict[str, Any]]] = {"train": _train, "migrate": _migrate, "tidy": _tidy, "pretrain": _pretrain}

@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64, description="worker processes of the API")
     monthly_calls: int = Field(1000, ge=0, description="API calls that a user has in a calendar month (UTC), unless set for the user")
     poll_seconds: float = Field(20, gt=0, le=3600, description="seconds between two looks for a new champion")
+    alert_urls: str = Field("", repr=False, description="where alerts go: apprise addresses, separated by blanks or commas")
+    heartbeat_url: str = Field("", repr=False, pattern=r"^$|^https?://\S+$", description="called while all is well; whoever watches it misses the calls")
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")
     history_days: int = Field(365, ge=1, le=10_000, description="days of candles that a model is trained on")

@@ -17,7 +17,6 @@ from servers import free_port
 from sqlalchemy import Engine
 from tiny_model import PAIRS, sample
 
-from make_us_rich import api
 from make_us_rich.api import create_app
 from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair
 from make_us_rich.dashboard import Running, start_dashboard
@@ -29,13 +28,11 @@ from make_us_rich.replay import ReplayServer
 from make_us_rich.service import Answer, PairState, Service
 from make_us_rich.settings import LEVELS, Settings, get_settings, utc_iso
 
-if not any(route.path == "/v1/overview" for route in api.router.routes):  # until 13_api has them
-    api.__dict__["ForecastRow"] = ForecastRow
-    exec(Path("/work/contract/api_d.py").read_text(), api.__dict__)
-
 HOUR = pd.Timedelta("1h")
 VERSION = "20231230T230000Z-0123456789ab"
-BELL = np.array([-1.96, -1.64, -1.28, -1.04, -0.84, -0.67, -0.52, -0.39, -0.25, -0.13, 0.0, 0.13, 0.25, 0.39, 0.52, 0.67, 0.84, 1.04, 1.28, 1.64, 1.96])
+BELL = np.array(
+    [-1.96, -1.64, -1.28, -1.04, -0.84, -0.67, -0.52, -0.39, -0.25, -0.13, 0.0, 0.13, 0.25, 0.39, 0.52, 0.67, 0.84, 1.04, 1.28, 1.64, 1.96]
+)
 TAILS = BELL * (0.86 + 0.07 * np.abs(BELL))  # hourly returns have fat tails
 
 

@@ -82,7 +82,10 @@ def viewer(browser, address: str, width: int = 1280, chart: bool = True, **optio
     context = browser.new_context(viewport={"width": width, "height": 900}, **({"timezone_id": "Asia/Tokyo"} | options))
     seen = Viewer(context.new_page())
     here = urlsplit(address).netloc
-    seen.page.on("request", lambda r: urlsplit(r.url).scheme in ("http", "https", "ws") and urlsplit(r.url).netloc != here and seen.outside.append(r.url))
+    seen.page.on(
+        "request",
+        lambda r: urlsplit(r.url).scheme in ("http", "https", "ws") and urlsplit(r.url).netloc != here and seen.outside.append(r.url),
+    )
     seen.page.on("pageerror", lambda e: seen.errors.append(str(e)))
     try:
         seen.page.goto(address)
@@ -95,7 +98,11 @@ def viewer(browser, address: str, width: int = 1280, chart: bool = True, **optio
 
 
 def kernels(running: Running) -> int:
-    return sum("ipykernel_launcher" in " ".join(p.cmdline()) for p in psutil.Process(running.process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE)
+    return sum(
+        "ipykernel_launcher" in " ".join(p.cmdline())
+        for p in psutil.Process(running.process.pid).children(recursive=True)
+        if p.status() != psutil.STATUS_ZOMBIE
+    )
 
 
 def wait_for(condition, seconds: float = 20) -> bool:
@@ -117,7 +124,9 @@ def test_a_morning(browser, local, stage):
         assert one.page.locator(".mur-chart").first.get_attribute("aria-label").startswith("Candles of BTC / USDT")
         low, high = (stage.forecast().quantiles[level] for level in (0.1, 0.9))
         one.says(f"{low:,.2f} to {high:,.2f}")
-        assert one.page.locator(".mur-facts time").first.inner_text().endswith("08:00") and two.page.locator(".mur-facts time").first.inner_text().endswith("23:00")
+        assert one.page.locator(".mur-facts time").first.inner_text().endswith("08:00") and two.page.locator(
+            ".mur-facts time"
+        ).first.inner_text().endswith("23:00")
 
         one.page.locator("[data-pair=SOL_USDT]").click()
         one.until("document.querySelector('.mur-chart').getAttribute('aria-label').includes('SOL')")
@@ -152,7 +161,9 @@ def test_phone(browser, local):
         phone.tab("Forecast")
         phone.page.get_by_role("button", name="dark or light colours").click()
         assert phone.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(12, 16, 22)"
-        days = phone.page.locator(".mur-chart").first.evaluate("box => (new Date(box.layout.xaxis.range[1]) - new Date(box.layout.xaxis.range[0])) / 864e5")
+        days = phone.page.locator(".mur-chart").first.evaluate(
+            "box => (new Date(box.layout.xaxis.range[1]) - new Date(box.layout.xaxis.range[0])) / 864e5"
+        )
         assert 2 < days < 3
 
 
@@ -184,7 +195,18 @@ def test_abstention_and_markup(browser, local, stage):
     "An abstention says why and draws no range; what looks like HTML is shown as text."
     before = stage.forecast()
     evil = "<img src=x onerror=window.bad=1><script>window.bad=1</script>"
-    stage.show(before.model_copy(update={"status": "abstain", "reason": "stale_data", "quantiles": None, "median": None, "p_up": None, "sentence": f"the newest candle is old {evil}"}))
+    stage.show(
+        before.model_copy(
+            update={
+                "status": "abstain",
+                "reason": "stale_data",
+                "quantiles": None,
+                "median": None,
+                "p_up": None,
+                "sentence": f"the newest candle is old {evil}",
+            }
+        )
+    )
     try:
         with viewer(browser, local.address) as one:
             one.says("No forecast for this hour")
@@ -199,7 +221,11 @@ def test_abstention_and_markup(browser, local, stage):
 def test_stale(browser, local, stage):
     "Data older than it should be is called old."
     before = stage.forecast()
-    stage.change(as_of=utc_iso(stage.now.floor("h") - 3 * (stage.now.floor("h") - stage.now.floor("h").replace(hour=(stage.now.hour - 1) % 24))) if stage.now.hour > 3 else "2023-12-31T18:00:00Z")
+    stage.change(
+        as_of=utc_iso(stage.now.floor("h") - 3 * (stage.now.floor("h") - stage.now.floor("h").replace(hour=(stage.now.hour - 1) % 24)))
+        if stage.now.hour > 3
+        else "2023-12-31T18:00:00Z"
+    )
     try:
         with viewer(browser, local.address) as one:
             one.says("Old data")
@@ -235,7 +261,11 @@ def test_limit(browser, local):
     "The fifth viewer of four gets a kind page, the others go on."
     answers = [httpx.get(local.address, follow_redirects=True, timeout=60, trust_env=False) for _ in range(5)]
     assert [a.status_code for a in answers] == [200] * 4 + [503]
-    assert "All places are taken" in answers[-1].text and "Traceback" not in answers[-1].text and "http" not in re.sub(r"<!DOCTYPE[^>]*>", "", answers[-1].text)
+    assert (
+        "All places are taken" in answers[-1].text
+        and "Traceback" not in answers[-1].text
+        and "http" not in re.sub(r"<!DOCTYPE[^>]*>", "", answers[-1].text)
+    )
     assert wait_for(lambda: kernels(local) == 0, 60)  # nobody's socket was ever open
 
 
@@ -277,9 +307,28 @@ def test_what_a_viewer_cannot_do(browser, local, stage):
     assert httpx.get(f"{local.url}?token=wrong", trust_env=False).status_code == 302
     with httpx.Client(trust_env=False, follow_redirects=True) as http:
         page = http.get(local.address).text
-        for path in ("voila/files/dashboard.ipynb", "voila/files/.env", "voila/files/../share", "voila/tree", "api/contents", "api/kernels", "api/sessions", "api/terminals", f"api/kernels/{uuid.uuid4()}", "voila/render/dashboard.ipynb", "voila/templates/makeusrich/static/../index.html.j2", "voila/static/../../etc/passwd", "files/dashboard.ipynb"):
+        for path in (
+            "voila/files/dashboard.ipynb",
+            "voila/files/.env",
+            "voila/files/../share",
+            "voila/tree",
+            "api/contents",
+            "api/kernels",
+            "api/sessions",
+            "api/terminals",
+            f"api/kernels/{uuid.uuid4()}",
+            "voila/render/dashboard.ipynb",
+            "voila/templates/makeusrich/static/../index.html.j2",
+            "voila/static/../../etc/passwd",
+            "files/dashboard.ipynb",
+        ):
             answer = http.get(local.url + path)
-            assert answer.status_code in (403, 404) or "open_dashboard" not in answer.text and "root:" not in answer.text and '"id"' not in answer.text[:300], path
+            assert (
+                answer.status_code in (403, 404)
+                or ("open_dashboard" not in answer.text
+                and "root:" not in answer.text
+                and '"id"' not in answer.text[:300])
+            ), path
         assert "open_dashboard" not in page and "Traceback" not in page and stage.tokens["admin"] not in page
         assert "makeusrich" in http.get(f"{local.url}?template=lab").text  # no other template can be asked for
         kernel = json.loads(re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, re.S)[1])["kernelId"]
@@ -299,11 +348,26 @@ async def _attack(local: Running, kernel: str, cookie: str) -> None:
         await websocket_connect(HTTPRequest(address.replace(kernel, str(uuid.uuid4())), headers={"Cookie": cookie}))
     socket = await websocket_connect(HTTPRequest(address, headers={"Cookie": cookie}))
     mark = local.folder / "attacked"
-    codes = {"execute_request": {"code": f"open({str(mark)!r}, 'w')", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}, "complete_request": {"code": "import os; os.", "cursor_pos": 14}, "inspect_request": {"code": "os", "cursor_pos": 2, "detail_level": 1}, "history_request": {"hist_access_type": "tail", "n": 9}, "input_reply": {"value": "x"}, "debug_request": {"command": "evaluate"}}
+    codes = {
+        "execute_request": {
+            "code": f"open({str(mark)!r}, 'w')",
+            "silent": False,
+            "store_history": False,
+            "user_expressions": {},
+            "allow_stdin": False,
+        },
+        "complete_request": {"code": "import os; os.", "cursor_pos": 14},
+        "inspect_request": {"code": "os", "cursor_pos": 2, "detail_level": 1},
+        "history_request": {"hist_access_type": "tail", "n": 9},
+        "input_reply": {"value": "x"},
+        "debug_request": {"command": "evaluate"},
+    }
     for channel in ("shell", "control", "stdin"):
         for kind, content in codes.items():
             header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "username": "", "session": "s", "date": "", "version": "5.3"}
-            await socket.write_message(json.dumps({"channel": channel, "header": header, "parent_header": {}, "metadata": {}, "content": content, "buffers": []}))
+            await socket.write_message(
+                json.dumps({"channel": channel, "header": header, "parent_header": {}, "metadata": {}, "content": content, "buffers": []})
+            )
     replies = set()
     try:
         while True:
@@ -327,5 +391,9 @@ def test_the_kernel_is_light(local):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     with urllib.request.urlopen(local.address, timeout=60) as page:
         page.read()
-        sizes = [p.memory_info().rss / 2**20 for p in psutil.Process(local.process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+        sizes = [
+            p.memory_info().rss / 2**20
+            for p in psutil.Process(local.process.pid).children(recursive=True)
+            if "ipykernel_launcher" in " ".join(p.cmdline())
+        ]
     assert sizes and max(sizes) < 130
