@@ -113,8 +113,9 @@ class Settings(BaseSettings):
         return self.models_url or (self.home / "models").absolute().as_uri()
 
     def environment(self) -> dict[str, str]:
-        "The settings as environment variables, for a child process."
-        return {f"MUR_{name.upper()}": str(value) for name, value in self}
+        "The settings as environment variables, for the kernel of a run; without those that may hold a secret and that no run needs."
+        shown = [name for name, field in type(self).model_fields.items() if field.repr]
+        return {f"MUR_{name.upper()}": str(getattr(self, name)) for name in shown}
 
     @property
     def db_url(self) -> str:
