@@ -31,7 +31,7 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
 def planted(tmp_path, monkeypatch):
     "A copy of the project in which a test may break something."
     for name in ("nbs", "make_us_rich", "tools", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "sample"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.parquet"))
     for name in ("settings.ini", "README.md", "environment.yml"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setattr(check, "ROOT", tmp_path)
