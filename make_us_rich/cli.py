@@ -203,7 +203,7 @@ def _train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any],
     except MakeUsRichError as e:
         _say(f"mkrich: {e}")
         return e.exit_code
-    _console().print(_outcome_lines(outcome))
+    _console().print(_outcome_lines(outcome), soft_wrap=True)
     return outcome.exit_code
 
 
