@@ -26,7 +26,7 @@ from make_us_rich.forecasting import Forecast
 from make_us_rich.ledger import ledger_row
 from make_us_rich.replay import ReplayServer
 from make_us_rich.service import Answer, PairState, Service
-from make_us_rich.settings import LEVELS, Settings, get_settings, utc_iso
+from make_us_rich.settings import LEVELS, Settings, get_settings, utc_iso, write_atomic
 
 HOUR = pd.Timedelta("1h")
 VERSION = "20231230T230000Z-0123456789ab"
@@ -142,13 +142,10 @@ def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.
 @contextlib.contextmanager
 def page_server(stage: Stage, token: str | None = None, local: bool = False, **options: Any) -> Iterator[Running]:
     "Voila for this API; `local` logs the viewer in as local mode does."
-    file = stage.settings.home / "local-token"
+    settings = stage.settings if local else stage.settings.model_copy(update={"home": stage.settings.home / "elsewhere"})
     if local:
-        file.write_text(stage.tokens["admin"])
-        file.chmod(0o600)
-    else:
-        file.unlink(missing_ok=True)
-    running = start_dashboard(stage.settings, port=free_port(), token=token, **options)
+        write_atomic(settings.home / "local-token", stage.tokens["admin"].encode(), mode=0o600)
+    running = start_dashboard(settings, port=free_port(), token=token, **options)
     try:
         yield running
     finally:
