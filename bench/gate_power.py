@@ -77,7 +77,8 @@ def candidates(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> dict[str
     scale = s[rows][:, None]
     return {
         "good": Q, "flipped sign": Q - 2 * centre, "width x 1.5": widen(Q, 1.5), "width x 0.67": widen(Q, 0.67),
-        "bias +0.3 s": Q + 0.3 * scale, "bias -0.3 s": Q - 0.3 * scale, "no location": Q - centre, "volatility 24 h old": Q * (s[rows - 24] / s[rows])[:, None],
+        "bias +0.3 s": Q + 0.3 * scale, "bias -0.3 s": Q - 0.3 * scale, "no location": Q - centre,
+        "volatility 24 h old": Q * (s[rows - 24] / s[rows])[:, None],
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def run(data: Path, count: int, series: list[str], out: Path) -> str:
             found.append(judged)
             print(name, stem, i, judged.groupby("candidate", sort=False)["champion"].mean().round(2).to_dict(), flush=True)
     everything = pd.concat(found)
-    note = f"{len(pieces)} held-out segments of {len({stem for stem, _, _ in pieces})} series. Windows overlap, so they are not independent."
+    note = f"{len(pieces)} held-out segments of {len({stem for stem, _, _ in pieces})} series. Windows overlap: they are not independent."
     return f"{table(everything)}\n\n{note}"
 
 
