@@ -21,7 +21,7 @@ import torch
 
 from make_us_rich import evaluation, features, model, training
 from make_us_rich.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.evaluation import HarT, forecast_returns, gate, scorable_rows, widen
+from make_us_rich.evaluation import Base, HarT, crps, forecast_returns, gate, next_returns, scorable_rows, widen
 from make_us_rich.peers import peer_features
 from make_us_rich.settings import LEVELS, MEDIAN
 from make_us_rich.training import load_recipe, training_loop
@@ -83,26 +83,32 @@ def candidates(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> dict[str
 
 
 def judge(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, champion: np.ndarray) -> list[dict[str, object]]:
-    "One row for each window and candidate: passed without and with the champion, and the rules that refused."
+    "One row for each window and candidate: its cost, passed without and with the champion, and the rules that refused."
     found: list[dict[str, object]] = []
+    y, base = next_returns(frame, rows), Base().quantiles(frame, rows)
     for name, bad in candidates(frame, rows, Q).items():
+        cost = 100 * (crps(y, bad) - crps(y, Q)).mean() / crps(y, base).mean()
         for end in range(SPAN, len(rows) + 1, STEP):
             part = slice(end - SPAN, end)
             verdict = gate(frame[: rows[end - 1] + 2], rows[part], bad[part], incumbent=champion[part])
             refused = [check.name for check in verdict.checks if check.refuses and not check.passed]
-            found.append({"candidate": name, "alone": not set(refused) - {"not_worse"}, "champion": not refused, "refused": refused})
+            alone = not set(refused) - {"not_worse"}
+            found.append({"candidate": name, "cost": cost, "alone": alone, "champion": not refused, "refused": refused})
+            if name == "flipped sign" and cost > 1:
+                found.append(found[-1] | {"candidate": "flipped sign where that costs > 1 %"})
     return found
 
 
 def table(found: pd.DataFrame) -> str:
     "Markdown: share of windows that pass, and how often each rule refused."
     rules = sorted({rule for refused in found["refused"] for rule in refused})
-    head = ["model", "candidate", "windows", "passes without champion", "passes with champion", *(f"{rule} refused" for rule in rules)]
+    head = ["model", "candidate", "CRPS cost, % of base", "windows", "passes without champion", "passes with champion"]
+    head += [f"{rule} refused" for rule in rules]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (model_name, candidate), group in found.groupby(["model", "candidate"], sort=False):
         shares = [f"{group[name].mean():.0%}" for name in ("alone", "champion")]
         shares += [f"{np.mean([rule in refused for refused in group['refused']]):.0%}" for rule in rules]
-        lines.append("| " + " | ".join([str(model_name), str(candidate), str(len(group)), *shares]) + " |")
+        lines.append("| " + " | ".join([str(model_name), str(candidate), f"{group['cost'].mean():+.2f}", str(len(group)), *shares]) + " |")
     return "\n".join(lines)
 
 
@@ -124,7 +130,9 @@ def run(data: Path, count: int, series: list[str], out: Path) -> str:
             print(name, stem, i, judged.groupby("candidate", sort=False)["champion"].mean().round(2).to_dict(), flush=True)
     everything = pd.concat(found)
     note = f"{len(pieces)} held-out segments of {len({stem for stem, _, _ in pieces})} series. Windows overlap: they are not independent."
-    return f"{table(everything)}\n\n{note}"
+    small = "The served median is shrunk towards the last close by what it was worth in the past. Where that left little of it, turning"
+    design = "its sign costs little, and the rule against the champion lets pass what costs less than 0.5 % of the base, by design."
+    return f"{table(everything)}\n\n{note} {small} {design}"
 
 
 if __name__ == "__main__":

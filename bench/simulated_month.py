@@ -199,7 +199,7 @@ class Simulation:
         from make_us_rich.replay import ReplayServer
         from make_us_rich.settings import get_settings
 
-        self.folder, self.hours, self.say, self.random = folder, hours, say, random.Random(seed)
+        self.folder, self.hours, self.jobs, self.say = folder, hours, jobs, say
         names = ["BTC", "ETH", "SOL", "XRP", "ADA", "DOT", "LTC", "LINK", "AVAX", "DOGE", *(f"C{i:02}" for i in range(40))][:pairs]
         self.pairs = [f"{name}_USDT" for name in names]
         frames = {pair: fake_candles(hours + 120, seed=i) for i, pair in enumerate(self.pairs)}
@@ -224,6 +224,7 @@ class Simulation:
         self.expected: list[pd.Timestamp] = []
         self.events: Counter = Counter()
         self.problems: list[str] = []
+        self.leftovers: set[str] = set()
 
     def rows(self, cutoff=None):
         from sqlalchemy import select
@@ -247,7 +248,6 @@ class Simulation:
             time.sleep(0.03)
 
     def run(self):
-        from make_us_rich.model_store import ModelStore
         from make_us_rich.replay import Faults
 
         hours = self.hours
@@ -282,27 +282,45 @@ class Simulation:
             self.events["outage hours"] += hour in outages
             if hour % 24 == 23:
                 self.look_at_store()
-                ModelStore(self.settings.store_url).clean(keep=24, grace="0s")
+                self.clean()
                 self.say(f"day {hour // 24 + 1}: {len(self.rows())} runs, {time.monotonic() - started:.0f} s")
             hour += 1
         time.sleep(1.5)
         self.look_at_store()
+        self.clean()
         self.child.process.terminate()
         self.child.process.wait(30)
         self.seconds = time.monotonic() - started
 
+    def clean(self):
+        "Remove old versions and leftovers, and see that the leftovers are gone."
+        from make_us_rich.model_store import ModelStore
+
+        models = ModelStore(self.settings.store_url)
+        models.clean(keep=24, grace="0s")
+        left = [f"{pair} {i.version}" for pair in self.pairs for i in models.versions(pair, "1h") if i.problem]
+        self.problems += [f"{name} was not cleaned" for name in left]
+
     def look_at_store(self):
-        "No half-published version, at most one version per cut-off, the champion is the newest published."
+        """No half-published version, at most one version per cut-off, the champion is the newest published.
+
+        A manifest is written last, so an upload that was killed before it is not a version: nothing loads or points to it, and `clean`
+        takes it away. Such leftovers are counted, at most one for each killed worker, and must be gone after a cleaning.
+        """
         from make_us_rich.model_store import ModelStore
 
         models, rows = ModelStore(self.settings.store_url), self.rows()
         for pair in self.pairs:
             infos = models.versions(pair, "1h")
-            self.problems += [f"{pair} {i.version}: {i.problem}" for i in infos if i.problem]
+            unfinished = {i.version for i in infos if i.problem.startswith("not finished")}
+            self.leftovers |= unfinished
+            self.problems += [f"{pair} {i.version}: {i.problem}" for i in infos if i.problem and i.version not in unfinished]
+            infos = [i for i in infos if i.version not in unfinished]
             runs = Counter(i.manifest.run_id for i in infos if i.manifest)
             self.problems += [f"{pair}: {n} versions of {run_id}" for run_id, n in runs.items() if n > 1]
             published = {r.version: r for r in rows if r.pair == pair and r.state == "published"}
-            unknown = [i.version for i in infos if i.version not in published]
+            named = {r.version for r in rows if r.pair == pair}  # also by a failure: "version ... was published, then: kernel died"
+            unknown = [i.version for i in infos if i.version not in named]
             self.problems += [f"{pair} {version} is in the store, the ledger does not know it" for version in unknown]
             newest = max(published.values(), key=lambda r: r.cutoff, default=None)
             champion = models.champion(pair, "1h")
@@ -324,11 +342,14 @@ class Simulation:
         marks = (f"sim-kernel-{self.token}", str(self.folder))
         commands.pop(os.getpid(), None)
         problems += [f"orphan {pid}" for pid, words in commands.items() if any(mark in words for mark in marks)]
+        killed = self.events["worker killed"] + self.events["schedule killed"] * self.jobs
+        problems += [f"{len(self.leftovers)} unfinished uploads after {killed} killed workers"] if len(self.leftovers) > killed else []
         problems += self.check_alerts(rows)
         states = Counter(r.state if r.state != "failed" else f"failed: {r.exit_class}" for r in rows)
         retried = sum(r.attempts > 1 for r in rows)
         alerts = len(self.inbox.titles)
-        return problems, {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events), "alerts": alerts}
+        found = {"runs": len(rows), "states": dict(states), "retried": retried, "events": dict(self.events)}
+        return problems, found | {"leftovers": len(self.leftovers), "alerts": alerts}
 
     def check_alerts(self, rows):
         "Each trouble is told once until it is over (a schedule that is killed while it tells may repeat itself)."

@@ -267,7 +267,7 @@ def failed_runs(s: Session, watched: Iterable[Watched]) -> list[Condition]:
         if newest and newest[0].state in ("failed", "abandoned") and newest[0].retry_at is None:
             row = newest[0]
             where = f" See {row.notebook}." if row.notebook else ""
-            text = f"{row.reason}. Cut-off {utc_iso(row.cutoff)}, {row.attempts} {'try' if row.attempts == 1 else 'tries'} on {row.host}.{where}"
+            text = f"{row.reason}. Cut-off {utc_iso(row.cutoff)}, {row.attempts} {'try' if row.attempts == 1 else 'tries'} on {row.host.partition('/')[0]}.{where}"
             found.append(Condition(f"run/{each.name}", f"{each.pair}: the run with recipe {each.recipe} {row.state}", text))
     return found
 

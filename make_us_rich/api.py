@@ -405,12 +405,20 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             if not (self.access == "local" and _on_this_machine(request)):
                 await _admit(request, self.access)
+            self._refuse_unknown(request)
             response = await inner(request)
             if response.status_code >= 500:
                 await _refund(request)
             return response
 
         return self._in_words(guarded)
+
+    def _refuse_unknown(self, request: Request) -> None:
+        if request.scope["query_string"]:
+            takes = [parameter.alias for parameter in self.dependant.query_params]
+            if set(request.query_params) - set(takes):
+                text = f"this address takes the parameters {', '.join(takes) or 'none'}, and no others; mend or leave out the rest"
+                raise Refusal(422, "unknown_parameter", text)
 
     async def _ready(self, request: Request) -> Response:
         response: Response = await self.endpoint(request, **request.path_params)

@@ -10,16 +10,18 @@ __all__ = ['Plain', 'esc', 'COLOURS', 'DARK', 'HOUR', 'BADGES', 'SLOW', 'NEWS', 
            'pair_card', 'tiles', 'rules', 'table', 'history_table', 'Trouble', 'read', 'Api', 'Feed', 'banner', 'spawn',
            'Live', 'Chart', 'Cards', 'make_picker', 'ForecastView', 'PairDashboard', 'attempt', 'RecordView',
            'usage_card', 'snippets', 'token_line', 'LoginView', 'AccountView', 'health_table', 'version_line',
-           'AdminView', 'head', 'Dashboard', 'open_dashboard', 'voila_config', 'Running', 'find_notebook',
-           'start_dashboard', 'run_dashboard']
+           'AdminView', 'head', 'Dashboard', 'open_dashboard', 'voila_config', 'quiet_record', 'Running',
+           'find_notebook', 'start_dashboard', 'run_dashboard']
 
 # %% ../nbs/15_dashboard.ipynb #37487773
 import asyncio
 import html
 import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -578,7 +580,7 @@ class Live(anywidget.AnyWidget):
         if message.get("type") != "ping":
             return
         self.seen, self.feed.shown = time.monotonic(), bool(message.get("visible"))
-        if self.task is None or self.task.done():
+        if self.feed.api.token and (self.task is None or self.task.done()):
             self.task = spawn(self._follow())
         if self.feed.shown and self.feed.behind:
             self.feed.behind = False
@@ -605,6 +607,11 @@ class Chart(anywidget.AnyWidget):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.on_msg(self._heard)
+
+    def draw(self, figure: Plain, label: str) -> None:
+        "Show a figure, with its description for those who do not see it; both in one message."
+        with self.hold_sync():
+            self.label, self.figure = label, figure
 
     def _heard(self, _: Any, message: Plain, buffers: Any) -> None:
         spec = importlib.util.find_spec("plotly")
@@ -679,8 +686,8 @@ class ForecastView(W.Box):
         nothing = "No pair is served yet: train and publish one." if feed.at else "Waiting for the first answer."
         self.card.value = forecast_card(forecast, feed.now) if forecast else f"<p>{nothing}</p>"
         if feed.candles and feed.candles["pair"] == feed.pair and feed.candles["rows"]:
-            self.chart.figure = forecast_figure(feed.candles, forecast, feed.history)
-            self.chart.label = f"Candles of {base_quote(feed.pair)} in the last five days, with past ranges and the ranges of the next hour"
+            label = f"Candles of {base_quote(feed.pair)} in the last five days, with past ranges and the ranges of the next hour"
+            self.chart.draw(forecast_figure(feed.candles, forecast, feed.history), label)
 
 
 class PairDashboard(W.VBox):
@@ -730,12 +737,12 @@ class RecordView(W.VBox):
         pair, at = self.feed.pair, self.feed.at
         record = await self.feed.api.ask("GET", f"/v1/track-record/{pair}")
         rows = (await self.feed.api.ask("GET", f"/v1/forecasts/{pair}/history?limit=720"))["rows"]
-        self.loaded, self.note.value = (pair, at), f"<h2>{esc(base_quote(pair))}</h2>"
+        self.loaded, self.note.value = (pair, at), f'<h2 class="mur-gap">{esc(base_quote(pair))}</h2>'
         self.tiles.value = tiles(record, rows)
         self.rules.value = rules(record) + f'<p class="mur-fine" style="margin-top:12px">{esc(fees_sentence(rows))}</p>'
         self.table.value = "<h2>The last 50 forecasts</h2>" + history_table(rows)
-        self.skill.figure, self.promise.figure = skill_figure(rows), promise_figure(record)
-        self.skill.label, self.promise.label = "Loss of the ranges against no change over time", "Share of closes inside each range against its promise"
+        self.skill.draw(skill_figure(rows), "Loss of the ranges against no change over time")
+        self.promise.draw(promise_figure(record), "Share of closes inside each range against its promise")
 
 # %% ../nbs/15_dashboard.ipynb #4e27fb53
 def usage_card(me: Plain) -> str:
@@ -839,10 +846,19 @@ class AccountView(W.VBox):
         try:
             if self.api.token:
                 self.me = await self.api.ask("GET", "/v1/me")
-                await self._tokens()
                 self.who.value, self.code.value = usage_card(self.me), snippets(self.api.url, self.feed.pair or "BTC_USDT")
         finally:
             self.show()
+
+    def visit(self) -> None:
+        "Ask for what somebody sees who turns to this view."
+
+        async def asked() -> None:
+            await self.load()
+            await self._tokens()
+
+        if self.api.token:
+            spawn(attempt(self.say, asked()))
 
     async def _tokens(self) -> None:
         living = [t for t in (await self.api.ask("GET", "/v1/me/tokens"))["tokens"] if not t["revoked_at"]]
@@ -862,7 +878,7 @@ class AccountView(W.VBox):
         async def revoked() -> None:
             await self.api.ask("DELETE", f"/v1/me/tokens/{token}")
             self.fresh.value = ""
-            await self.load()
+            await self._tokens()
 
         spawn(attempt(self.say, revoked()))
 
@@ -923,7 +939,7 @@ class AdminView(W.VBox):
         self.health.value = health_table(self.feed, status)
         pair, self.title.value = self.feed.pair, f"<h2>Models of {esc(base_quote(self.feed.pair))}</h2>"
         versions = (await self.api.ask("GET", f"/v1/models/{pair}"))["versions"]
-        self.models.children = [self._version(pair, version) for version in versions[:12]]
+        self.models.children = [self._version(pair, version) for version in versions[:12]] or [_html('<p class="mur-fine">No version is published yet.</p>')]
 
     def _user(self, user: Plain) -> W.Box:
         text = f'<b>{esc(user["name"])}</b> <span class="mur-soft">{esc(user["role"])}{", locked out" if user["disabled"] else ""}</span><br><span class="mur-fine">{user["monthly_calls"]:,} calls a month, since {when(user["created_at"])}</span>'
@@ -957,9 +973,9 @@ LOGO = '<svg viewBox="0 0 26 26" aria-hidden="true"><g stroke="#2ebd85" fill="#2
 def head(feed: Feed, me: Plain) -> str:
     "The top of the page: name, connection, time, theme."
     good = feed.connected and feed.trouble is None
-    word = "live" if good else "not connected" if feed.trouble else "connecting"
+    word = "live" if good else "not logged in" if not me else "not connected" if feed.trouble else "connecting"
     time_there = f"as of {when(feed.now, 'full')}" if feed.now else ""
-    dot = f'<span class="mur-dot {"mur-on" if good else "mur-off" if feed.trouble else ""}"></span>'
+    dot = f'<span class="mur-dot {"mur-on" if good else "mur-off" if me and feed.trouble else ""}"></span>'
     who = f"<span>{esc(me['name'])}</span>" if me else ""
     button = '<button class="mur-icon" type="button" data-act="theme" aria-label="dark or light colours" title="dark or light">◐</button>'
     return f'<header class="mur-head"><h1 class="mur-brand">{LOGO}Make Us Rich</h1><div class="mur-state" role="status">{dot}<span>{word}</span><span>{time_there}</span>{who}{button}</div></header>'
@@ -970,7 +986,7 @@ class Dashboard(W.VBox):
 
     def __init__(self, api: Api, pair: str = "") -> None:
         self.feed = Feed(api, pair)
-        self.top, self.note, self.picker, self.live = _html(), _html(), make_picker(self.feed), Live(self.feed)
+        self.top, self.note, self.picker, self.live = _html(), _html(), _box([make_picker(self.feed)]), Live(self.feed)
         self.account = AccountView(self.feed, lambda: spawn(self._someone_else()))
         self.views: dict[str, W.Widget] = {"Forecast": ForecastView(self.feed), "Track record": RecordView(self.feed), "Account": self.account, "Admin": AdminView(self.feed)}
         self.nav = W.ToggleButtons(options=["Forecast", "Track record", "Account"])
@@ -1000,15 +1016,14 @@ class Dashboard(W.VBox):
         return self
 
     def _turn(self) -> None:
-        if self.nav.value == "Account" and self.account.me:
-            spawn(attempt(self.account.say, self.account.load()))
+        if self.nav.value == "Account":
+            self.account.visit()
         self.show()
 
     async def _someone_else(self) -> None:
-        await attempt(self.account.say, self.account.load())
+        known = self.feed.load() if self.feed.api.token else asyncio.sleep(0)
+        await asyncio.gather(attempt(self.account.say, self.account.load()), known)
         tabs = ["Forecast", "Track record", "Account", *(["Admin"] if self.account.me.get("role") == "admin" else [])]
-        if self.account.me:
-            await self.feed.load()
         if tuple(tabs) != tuple(self.nav.options):
             self.nav.options = tabs
         self.nav.value = "Forecast" if self.account.me else "Account"
@@ -1049,12 +1064,20 @@ def voila_config(options: Plain) -> Plain:
     return {"Voila": server, "VoilaConfiguration": page, "MappingKernelManager": quiet, "AsyncMappingKernelManager": quiet, "KernelManager": {"transport": "ipc"}}
 
 
+def quiet_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    "A log record without the secret that opens the page."
+    record = logging.LogRecord(*args, **kwargs)
+    record.msg, record.args = re.sub(r"(token=)[^&\s]+", r"\1***", record.getMessage()), ()
+    return record
+
+
 def _voila() -> None:
     "The process of the page server."
     from traitlets.config import Config
     from voila.app import Voila
 
     options = json.loads(sys.stdin.readline())
+    logging.setLogRecordFactory(quiet_record)
     Voila.launch_instance(argv=[options["notebook"]], config=Config(voila_config(options)))
 
 # %% ../nbs/15_dashboard.ipynb #a78eae09

@@ -229,7 +229,7 @@ class RunRow(Base):
     reason: Mapped[str]
     version: Mapped[str]
     attempts: Mapped[int]
-    host: Mapped[str]
+    host: Mapped[str]  # machine/process
     notebook: Mapped[str]
     log: Mapped[str]
     started_at: Mapped[pd.Timestamp]

@@ -8,6 +8,7 @@ __all__ = ['AGAIN', 'DONE', 'RETRIES', 'PAUSE', 'COLOURS', 'Planned', 'open_run_
 
 # %% ../nbs/16a_run_ledger.ipynb #2a69ee67
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import psutil
 from filelock import FileLock, Timeout
 from rich.markup import escape
 from rich.table import Table
@@ -49,10 +51,14 @@ class Planned:
     log: str = ""
 
 
+def _place() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
 def open_run_row(engine: Engine, plan: Planned, now: pd.Timestamp, longest: float, again: bool = False) -> int | None:
     "Number of the attempt that begins now; None if this run is done or somebody is at it. `again` allows a refused run once more."
     fresh: dict[str, Any] = {
-        "state": "running", "exit_class": "", "reason": "", "version": "", "host": socket.gethostname(), "notebook": plan.notebook, "log": plan.log,
+        "state": "running", "exit_class": "", "reason": "", "version": "", "host": _place(), "notebook": plan.notebook, "log": plan.log,
         "started_at": now, "finished_at": None, "retry_at": None, "seconds": None,
     }  # fmt: skip
     who = {"run_id": plan.run_id, "pair": plan.pair, "interval": plan.interval, "cutoff": plan.cutoff, "recipe": plan.recipe, "recipe_hash": plan.recipe_hash}
@@ -114,7 +120,7 @@ def close_abandoned(ledger: RunLedger, settings: Settings, pair: str = "") -> li
     "Give every row of this machine that says running, though nobody is at it, its true state; the rows that were closed."
     closed = []
     for row in ledger.rows(pair=pair, state="running", limit=1000):
-        if row.host == socket.gethostname() and _is_free(settings.runs / row.pair / "run.lock"):
+        if _is_gone(row) and _is_free(settings.runs / row.pair / "run.lock"):
             state, facts = _what_became(row, settings)
             ledger.finish(row.run_id, state, **facts)
             closed.append(row)
@@ -141,6 +147,17 @@ def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
     except StoreError as e:
         killed += f"; whether it published is not known ({e})"
     return "abandoned", {"exit_class": "abandoned", "reason": killed}
+
+
+def _is_gone(row: RunRow) -> bool:
+    "Whether the process that opened a row has ended; a young process with its number is another one."
+    host, _, pid = row.host.partition("/")
+    if host != socket.gethostname() or row.host == _place():
+        return row.host == _place()
+    try:
+        return psutil.Process(int(pid)).create_time() > row.started_at.timestamp() + 1
+    except (psutil.NoSuchProcess, ValueError):
+        return True
 
 
 def _is_free(lock: Path) -> bool:

@@ -60,7 +60,7 @@ def local(stage) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def public(stage) -> Iterator[Running]:
     "A page server where people log in."
-    with page_server(stage, viewers=2, idle=20) as running:
+    with page_server(stage, viewers=2, idle=5) as running:
         yield running
 
 
@@ -102,6 +102,7 @@ def viewer(browser, address: str, width: int = 1280, chart: bool = True, **optio
         yield seen
         assert (seen.outside, seen.errors) == ([], [])
     finally:
+        seen.page.goto("about:blank")  # the page says goodbye, and its process ends
         context.close()
 
 
@@ -120,7 +121,6 @@ def wait_for(condition, seconds: float = 20) -> bool:
     return good
 
 
-@pytest.mark.xfail(reason="the chart does not follow a pair change against the merged API yet; see the closing note", strict=False)
 def test_a_morning(browser, local, stage):
     "Everything drawn, both pairs, news without a reload, each tab; and two viewers do not see each other's choice."
     with viewer(browser, local.address) as one, viewer(browser, local.address, timezone_id="UTC") as two:
@@ -266,14 +266,6 @@ def test_closed_tabs_free_their_process(browser, local):
         assert wait_for(lambda: kernels(local) == 0, 8)
 
 
-def test_limit(public):
-    "The third viewer of two gets a kind page, the others go on."
-    assert wait_for(lambda: kernels(public) == 0, 60)
-    answers = [httpx.get(public.address, timeout=60, trust_env=False) for _ in range(3)]
-    assert [a.status_code for a in answers] == [200, 200, 503]
-    assert "All places are taken" in answers[-1].text and "Traceback" not in answers[-1].text and "http" not in answers[-1].text
-
-
 def test_log_in(browser, public, stage):
     "A wrong password is a sentence, a right one the page; a token is made, shown once, and revoked."
     with viewer(browser, public.address, chart=False) as one:
@@ -304,6 +296,14 @@ def test_log_in(browser, public, stage):
         one.page.get_by_role("button", name="Use token").click()
         one.says("not valid")
         assert PASSWORD not in one.page.content()
+
+
+def test_limit(public):
+    "The third viewer of two gets a kind page, the others go on."
+    assert wait_for(lambda: kernels(public) == 0, 60)
+    answers = [httpx.get(public.address, timeout=60, trust_env=False) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200, 200, 503]
+    assert "All places are taken" in answers[-1].text and "Traceback" not in answers[-1].text and "http" not in answers[-1].text
 
 
 def test_what_a_viewer_cannot_do(browser, local, stage):

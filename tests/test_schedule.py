@@ -78,7 +78,6 @@ def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
     return run_recorded(pair, settings=settings, ledger=ledger, **options)
 
 
-@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="a killed worker can leave an unfinished version that `clean` has not removed yet; see the closing note")
 def test_short_month(tmp_path):
     "Kernels die, an outage, a full disk, a worker and two schedules killed: one true outcome each, no orphan, no half version, alerts."
     command = [sys.executable, str(ROOT / "bench" / "simulated_month.py"), "--pairs", "2", "--hours", "9", "--seed", "3"]
