@@ -41,7 +41,7 @@ else:
     from make_us_rich.database import connect, migrate
     from make_us_rich.service import Service
     from make_us_rich.settings import get_settings
-    sys.setswitchinterval(0.001)  # as serve does
+    sys.setswitchinterval(0.0002)  # as serve does
     api.configure_logging(open(f"{home}-{kind}.log", "w"))
     settings = get_settings(home=home, exchange_url=exchange, poll_seconds=float(poll), monthly_calls=10**9)
     engine = connect(settings.db_url)
@@ -114,6 +114,7 @@ def swaps(told, store, pair: str, closed: pd.Timestamp, number: int, port: int, 
     "Publish champions one after the other, every fourth one bad; in a process, since the loader must not share a GIL with it."
     from tiny_model import publish
 
+    os.nice(10)  # as every training run
     served, bad, headers = set(), 0, {"Authorization": f"Bearer {token}"}
     for n in range(1, number + 1):
         is_bad = n % 4 == 0

@@ -1319,7 +1319,7 @@ def prepare_users(engine: Engine, settings: Settings, now: pd.Timestamp) -> str:
 def _worker() -> FastAPI:
     "The application of one worker process, from the environment."
     configure_logging()
-    sys.setswitchinterval(0.001)  # the service's thread computes now and then, and calls should not wait 5 ms each time for the interpreter
+    sys.setswitchinterval(0.0002)  # the service's thread computes now and then; a call should not wait 5 ms each time for the interpreter
     settings = get_settings()
     engine = connect(settings.db_url)
     return create_app(Service(settings, engine=engine), engine, settings)
