@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check notebooks lint types export readme text lab hooks lock bench clean
+.PHONY: help demo fleet test check notebooks lint types export readme text lab hooks lock bench clean screenshots
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,7 +39,17 @@ $(VENV)/.dev: requirements/dev.txt requirements/torch.txt setup.py settings.ini 
 demo: $(VENV)/.train  ## Train and forecast one pair on the embedded sample, offline, and show the result
 	$(BIN)/mkrich demo
 
-test: $(VENV)/.dev  ## Everything that CI checks: notebooks clean and exported, notebooks run, tests, ruff, mypy
+FLEET := .venv-prefect
+$(FLEET)/.ready: requirements/prefect.txt requirements/s3.txt
+	@echo "Setting up $(FLEET), the environment of Prefect and of the tests' S3 server: about a minute and 400 MB, once"
+	$(PYTHON) -m venv $(FLEET)
+	$(FLEET)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes -r requirements/prefect.txt
+	$(FLEET)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes -r requirements/s3.txt
+	@touch $@
+
+fleet: $(FLEET)/.ready  ## The environment of Prefect, for runs on many machines (docs/fleet.md)
+
+test: $(VENV)/.dev $(FLEET)/.ready  ## Everything that CI checks: notebooks clean and exported, notebooks run, tests, ruff, mypy
 	@tools/system
 	$(BIN)/python tools/check.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -65,6 +75,9 @@ lab: $(VENV)/.dev  ## Open JupyterLab
 
 bench: $(VENV)/.dev  ## The measurements: accuracy and cost beside the peers (minutes)
 	$(BIN)/python bench/accuracy.py && $(BIN)/python bench/fit_cost.py
+
+screenshots: $(VENV)/.dev  ## Pictures of the dashboard's views into docs/images (needs Chromium)
+	$(BIN)/python tools/screenshots.py
 
 hooks: $(VENV)/.dev  ## Check notebooks before each commit, merge them cell by cell (opt in)
 	git config core.hooksPath .githooks

@@ -152,7 +152,7 @@ class Child:
     def start(self):
         log = (self.folder / "schedule.log").open("a")
         command = [sys.executable, str(HERE), "--child", json.dumps(self.spec)]
-        env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
     def kill(self):
@@ -408,6 +408,7 @@ def main():
         return schedule_process(json.loads(args.child))
     if args.idle:
         return measure_idle(args.idle)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that nothing stays behind
     with tempfile.TemporaryDirectory() as name:
         sim = Simulation(Path(name), args.pairs, args.hours, args.seed, args.kernels, args.jobs)
         try:

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CALLERS_FAULT', 'ASTRAY', 'BEARER', 'NEUTRAL', 'SECRET_FORMS', 'REQUEST_ID', 'Line', 'REQUEST_LOG', 'Access',
            'ACCESS', 'LARGEST_BODY', 'LARGEST_HEADERS', 'ID_FORM', 'TOKEN_IN_URL', 'TOO_BUSY', 'FREE', 'STREAM',
-           'Handler', 'PRIVATE', 'INTERVAL', 'router', 'TROUBLES', 'PAIR_FORM', 'PairText', 'EXAMPLE', 'SHOWN',
-           'NOT_NEW', 'Asset', 'Quote', 'KEPT', 'UserName', 'Password', 'TokenId', 'SSE', 'STYLE', 'POLICY',
-           'LOCAL_USER', 'Problem', 'Refusal', 'refusal_of', 'scrub', 'configure_logging', 'Metrics', 'Caller', 'Gate',
-           'Door', 'ready', 'GuardedRoute', 'Streams', 'Api', 'guard', 'create_app', 'Forecasts', 'Candles',
-           'ForecastWithCandles', 'Count', 'Now', 'Record', 'History', 'Overview', 'ServedModel', 'Models', 'Version',
-           'Versions', 'RollbackBody', 'RolledBack', 'Me', 'TokenInfo', 'NewToken', 'LoginBody', 'TokenBody', 'Tokens',
-           'UserInfo', 'Users', 'UserBody', 'UserChange', 'EventStream', 'Health', 'local_token_file', 'prepare_users',
-           'serve']
+           'Handler', 'CHECK', 'COOKIE', 'PRIVATE', 'INTERVAL', 'router', 'TROUBLES', 'PAIR_FORM', 'PairText',
+           'EXAMPLE', 'SHOWN', 'NOT_NEW', 'Asset', 'Quote', 'KEPT', 'UserName', 'Password', 'TokenId', 'SSE',
+           'RUN_FORM', 'RunText', 'PAGE_POLICY', 'RunState', 'WEEK', 'LOGIN_POLICY', 'LOGIN_STYLE', 'LOGIN_FORM',
+           'HTML_AGAIN', 'STYLE', 'POLICY', 'LOCAL_USER', 'Problem', 'Refusal', 'refusal_of', 'scrub',
+           'configure_logging', 'Metrics', 'Caller', 'Gate', 'Door', 'ready', 'GuardedRoute', 'Streams', 'Api', 'guard',
+           'create_app', 'Forecasts', 'Candles', 'ForecastWithCandles', 'Count', 'Now', 'Record', 'History', 'Overview',
+           'ServedModel', 'Models', 'Version', 'Versions', 'RollbackBody', 'RolledBack', 'Me', 'TokenInfo', 'NewToken',
+           'LoginBody', 'TokenBody', 'Tokens', 'UserInfo', 'Users', 'UserBody', 'UserChange', 'EventStream', 'Health',
+           'RunLine', 'Runs', 'local_token_file', 'prepare_users', 'serve']
 
 # %% ../nbs/13_api.ipynb #77450b2f
 import asyncio
@@ -36,7 +37,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote_plus
+from urllib.parse import parse_qs, unquote_plus
 
 import orjson
 import pandas as pd
@@ -48,7 +49,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -57,7 +58,7 @@ from uvicorn.supervisors import Multiprocess
 
 import make_us_rich
 from .candles import Pair
-from .database import ForecastRow, Token, User, connect, migrate, ping, session
+from .database import ForecastRow, RunRow, Token, User, connect, migrate, ping, session
 from .forecasting import Forecast
 from .model_store import VersionInfo
 from make_us_rich.settings import (
@@ -440,9 +441,17 @@ class GuardedRoute(APIRoute):
         return answered
 
 # %% ../nbs/13_api.ipynb #6d19a6c7
+CHECK, COOKIE = "/session/check", "mur_session"  # where the front door asks, and what a browser shows there
+
+
+def _shown_token(request: Request) -> str | None:
+    cookie = request.cookies.get(COOKIE) if request.scope["path"] == CHECK else None
+    return f"Bearer {cookie}" if cookie else request.headers.get("authorization")
+
+
 async def _admit(request: Request, access: str) -> Caller:
     target = f"{request.method} {request.scope['route'].path}"
-    caller = await run_in_threadpool(_api(request).gate.admit, request.headers.get("authorization"), _address(request), access, target)
+    caller = await run_in_threadpool(_api(request).gate.admit, _shown_token(request), _address(request), access, target)
     request.scope["caller"] = caller
     return caller
 
@@ -1238,6 +1247,179 @@ def _metrics(request: Request) -> Response:
         if state.model:
             api.metrics.model_age.labels(pair).set((now - pd.Timestamp(state.model.manifest.cutoff)).total_seconds())
     return PlainTextResponse(api.metrics.text())
+
+# %% ../nbs/13_api.ipynb #fa1dd1d1
+RUN_FORM = r"^[A-Za-z0-9][A-Za-z0-9_.=+-]{0,119}$"
+RunText = Annotated[str, Path(description="id of a run, as forecasts and versions name it", pattern=RUN_FORM, examples=["BTC_USDT-1h-20231231T230000Z-0a1b2c"])]
+PAGE_POLICY = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "Referrer-Policy": "no-referrer", "Cache-Control": "private, max-age=3600",
+}  # fmt: skip
+
+
+class RunLine(BaseModel):
+    "One run, as the ledger has it."
+
+    run_id: str
+    pair: str
+    interval: str
+    cutoff: str
+    recipe: str
+    state: str
+    exit_class: str
+    reason: str
+    version: str
+    attempts: int
+    started_at: str
+    finished_at: str | None
+    seconds: float | None
+
+
+class Runs(BaseModel):
+    "Runs, the newest first."
+
+    runs: list[RunLine]
+
+
+RunState = Literal["running", "published", "refused", "failed", "skipped", "abandoned"]
+
+
+@router.get("/v1/runs", summary="What ran, and what became of it", **guard("admin", Runs))
+def _runs(request: Request, state: RunState | None = None, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> Response:
+    "From the run ledger. Reasons may name files and hosts, so admins only."
+    wanted = select(RunRow).where(*([RunRow.state == state] if state else [])).order_by(RunRow.started_at.desc(), RunRow.id.desc()).limit(limit)
+    with session(_api(request).engine) as s:
+        rows = list(s.scalars(wanted))
+    return _json({"runs": [_run_line(row) for row in rows]})
+
+
+def _run_line(row: RunRow) -> dict[str, Any]:
+    times = {name: (at := getattr(row, name)) and utc_iso(at) for name in ("cutoff", "started_at", "finished_at")}
+    return {name: getattr(row, name) for name in RunLine.model_fields} | times
+
+# %% ../nbs/13_api.ipynb #06e68da4
+def _text(kind: str) -> dict[str, Any]:
+    return {"description": "As it is.", "content": {kind: {"schema": {"type": "string"}}}}
+
+
+def _row_of(api: Api, run_id: str) -> RunRow:
+    with session(api.engine) as s:
+        found = s.scalars(select(RunRow).where(RunRow.run_id.in_([run_id, re.sub("-har-t$", "", run_id)])).limit(1)).first()
+    if found is None:
+        raise Refusal(404, "unknown_run", "no run of this id is in the ledger; GET /v1/runs lists those there are")
+    return found
+
+
+@router.get("/v1/runs/{run_id}/page", summary="The executed notebook of a run, as a page", **guard("known", _200=_text("text/html")))
+def _run_page(request: Request, run_id: RunText) -> Response:
+    "A page without scripts and without requests."
+    api = _api(request)
+    row = _row_of(api, run_id)
+    if row.state not in ("published", "refused") and request.scope["caller"].role != "admin":
+        raise Refusal(403, "not_allowed", f"this run is {row.state}, and the pages of such runs are for admins; ask whoever runs this service")
+    page = api.service.parts.store.page(row.pair, row.interval, row.version) if row.version else None
+    beside = FilePath(row.notebook or "none").with_suffix(".html")
+    if page is None and row.notebook and beside.is_file():
+        page = beside.read_bytes()
+    if page is None:
+        raise Refusal(404, "no_page", "this run has no page here: it left no notebook, it is still under way, or its page was cleaned away")
+    return HTMLResponse(page, headers=PAGE_POLICY)
+
+
+@router.get("/v1/runs/{run_id}/log", summary="The log of a run", **guard("admin", _200=_text("text/plain")))
+def _run_log(request: Request, run_id: RunText) -> Response:
+    "The end of it (64 kB), without secrets, if the run was on this machine."
+    row = _row_of(_api(request), run_id)
+    path = FilePath(row.log or "none")
+    if not row.log or not path.is_file():
+        raise Refusal(404, "no_log", "this run has no log here: it never started a notebook, or another machine ran it, or it was cleaned away")
+    return PlainTextResponse(scrub(path.read_bytes()[-65_536:].decode("utf-8", "replace")))
+
+# %% ../nbs/13_api.ipynb #513c0fdd
+WEEK = 7
+LOGIN_POLICY = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+}  # fmt: skip
+LOGIN_STYLE = """:root{color-scheme:light dark}body{margin:12vh auto;max-width:20rem;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}
+label{display:block;margin:.8rem 0}input,button{box-sizing:border-box;width:100%;padding:.6rem;font:inherit;border:1px solid #8888;border-radius:8px}
+button{margin-top:.6rem;background:#2f6fed;color:#fff;border:0;cursor:pointer}p[role=alert]{color:#c0392b}"""
+LOGIN_FORM = """<form method="post" action="/session/login"><label>Name<input name="name" autocomplete="username" autofocus required maxlength="64"></label>
+<label>Password<input name="password" type="password" autocomplete="current-password" required maxlength="256"></label><button>Log in</button></form>"""
+
+
+def _login_page(user: str = "", problem: str = "", status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    "The form, or for somebody who is logged in the way back and the way out."
+    out = '<p><a href="/">To the forecasts</a></p><form method="post" action="/session/logout"><button>Log out</button></form>'
+    body = f"<p>You are logged in as {html.escape(user)}.</p>{out}" if user else LOGIN_FORM
+    alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
+    start = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Make Us Rich</title><style>{LOGIN_STYLE}</style>'
+    return HTMLResponse(f"{start}<h1>Make Us Rich</h1>{alert}{body}</html>", status, {**LOGIN_POLICY, **(headers or {})})
+
+# %% ../nbs/13_api.ipynb #82147071
+HTML_AGAIN = {"description": "The form again, with a sentence about what was wrong.", "content": {"text/html": {"schema": {"type": "string"}}}}
+
+
+def _known_by_cookie(request: Request) -> User | None:
+    "Whoever the browser's cookie belongs to, if it is still valid."
+    api, raw = _api(request), request.cookies.get(COOKIE, "")
+    try:
+        with session(api.engine) as s:
+            return find_token(s, raw, api.clock()) if raw else None
+    except AuthError:
+        return None
+
+
+def _log_in(api: Api, address: str, body: bytes) -> str:
+    "A token that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
+    if wait := api.logins.take(address):
+        raise Refusal(429, "too_many_tries", f"too many log-ins came from this address; wait {wait} seconds", {"Retry-After": str(wait)})
+    said = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10)
+    name, password = (said.get(field, [""])[0] for field in ("name", "password"))
+    with session(api.engine) as s:
+        return _new_token(s, verify_password(s, name[:64], password[:256]), "page", WEEK, api.clock()).token
+
+
+@router.get("/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **guard("public"))
+def _login_form(request: Request) -> Response:
+    "A form without a script; for somebody who is logged in, the way out."
+    user = _known_by_cookie(request)
+    return _login_page(user.name if user else "")
+
+
+@router.post("/session/login", summary="Log a browser in", status_code=303, response_class=RedirectResponse, **guard("public", _401=HTML_AGAIN, _429=HTML_AGAIN))
+async def _open_session(request: Request) -> Response:
+    "Takes the form's `name` and `password`, sets the cookie, leads to the page."
+    api, body = _api(request), await request.body()
+    try:
+        raw = await run_in_threadpool(_log_in, api, _address(request), body)
+    except (AuthError, Refusal, ValueError) as e:
+        return _login_page(problem=str(e), status=e.status if isinstance(e, Refusal) else 401, headers=e.headers if isinstance(e, Refusal) else None)
+    answer = RedirectResponse("/", 303, {"Cache-Control": "no-store"})
+    answer.set_cookie(COOKIE, raw, max_age=WEEK * 86_400, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https")
+    return answer
+
+# %% ../nbs/13_api.ipynb #99310868
+@router.get(CHECK, summary="Is this browser logged in?", **guard("known", Health))
+def _check_session(request: Request) -> Response:
+    "For the front door: the cookie of the log-in page, or a token in the header. Headers say who it is."
+    token = _bearer(_shown_token(request))
+    return Response(b'{"status":"known"}', 200, {"X-Mur-User": request.scope["caller"].name, "X-Mur-Token": token, "Cache-Control": "no-store"}, "application/json")
+
+
+@router.post("/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **guard("public"))
+def _close_session(request: Request) -> Response:
+    "Revokes the cookie's token and leads to the log-in page."
+    api, user, raw = _api(request), _known_by_cookie(request), request.cookies.get(COOKIE, "")
+    if user is not None:
+        with session(api.engine) as s:
+            for token in list_tokens(s, user):
+                if token.revoked_at is None and raw.startswith(token.prefix) and token.name == "page":
+                    revoke_token(s, token.id, api.clock(), owner=user, actor=user.name)
+        api.gate.forget()
+    answer = RedirectResponse("/session/login", 303, {"Cache-Control": "no-store"})
+    answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="lax")
+    return answer
 
 # %% ../nbs/13_api.ipynb #bddd9846
 def _openapi(app: FastAPI) -> dict[str, Any]:

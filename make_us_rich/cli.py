@@ -31,6 +31,7 @@ from .settings import ForecastUnavailable, MakeUsRichError, Settings, SettingsEr
 if TYPE_CHECKING:
     from make_us_rich.forecasting import Forecast
     from make_us_rich.model_store import ModelStore
+    from make_us_rich.run_ledger import RunLedger
     from make_us_rich.runs import Outcome
 
 # %% ../nbs/18_cli.ipynb #3cf43885
@@ -190,29 +191,49 @@ def train(
         raise typer.Exit(code)
 
 
-def _train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings) -> int:
-    from make_us_rich.runs import run_training
+def _train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any) -> int:
+    from make_us_rich.candles import Interval, Pair
+    from make_us_rich.recipe import load_recipe
 
     try:
+        name, _, _ = Pair.parse(pair), Interval.parse(interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
+        from make_us_rich.evidence import keep_page, warm_up
+        from make_us_rich.run_ledger import run_recorded
+
         with _progress(pair) as show:
             show("fetching candles")
-            outcome = run_training(
-                pair, interval=interval, recipe=recipe, parameters={"overrides": overrides}, settings=settings, on_wait=show,
-                on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"),
+            warm_up()
+            outcome = run_recorded(
+                str(name), interval=interval, recipe=recipe, parameters={"overrides": overrides}, settings=settings, ledger=_ledger(settings), again=True,
+                on_wait=show, on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"), **options,
             )  # fmt: skip
+            outcome = keep_page(outcome, settings)
     except MakeUsRichError as e:
         _say(f"mkrich: {e}")
         return e.exit_code
-    _console().print(_outcome_lines(outcome), soft_wrap=True)
+    if outcome.state == "failed" and not outcome.notebook:  # nothing was started
+        _say(f"mkrich: {outcome.reason}")
+    else:
+        _console().print(_outcome_lines(outcome), soft_wrap=True)
     return outcome.exit_code
+
+
+def _ledger(settings: Settings) -> "RunLedger":
+    "The run ledger of these settings, its tables up to date; StoreError if the database cannot be used, since a run without its account would be lost."
+    from make_us_rich.database import connect, migrate
+    from make_us_rich.run_ledger import RunLedger
+
+    engine = connect(settings.db_url)
+    migrate(engine)
+    return RunLedger(engine)
 
 
 def _outcome_lines(outcome: "Outcome") -> str:
     colour = {"published": "green", "skipped": "green", "refused": "yellow"}.get(outcome.state, "red")
     lines = [f"[bold]{outcome.pair}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"]
     lines += [escape(f"  {outcome.reason}")] if outcome.reason else []
-    lines += [escape(f"  report: {outcome.notebook}")] if outcome.notebook and Path(outcome.notebook).exists() else []
-    return "\n".join(lines)
+    report = next((path for path in (outcome.page, outcome.notebook) if path and Path(path).exists()), "")
+    return "\n".join(lines + ([escape(f"  report: {report}")] if report else []))
 
 # %% ../nbs/18_cli.ipynb #05350dad
 @app.command(epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | [bold]mkrich forecast --api http://127.0.0.1:8750[/]")
@@ -231,11 +252,12 @@ def forecast(
     from make_us_rich.exchange import BinanceClient
     from make_us_rich.forecasting import ModelLoader, forecast_pair
     from make_us_rich.model_store import ModelStore
+    from make_us_rich.pool import served_pairs
 
     settings = get_settings()
     wanted = [Pair.parse(p) for p in pairs or []]
     models, candles, client = ModelStore(settings.store_url), CandleStore(settings.candles_dir), BinanceClient(settings.exchange_url)
-    names = wanted or [Pair.parse(p) for p, i in models.pairs() if str(i) == interval]
+    names = wanted or [Pair.parse(p) for p, i in served_pairs(models.pairs(), settings.candles_dir) if i == interval]
     if not names:
         raise ForecastUnavailable("no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model")
     loader = ModelLoader(models)
@@ -504,7 +526,7 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     day = shown.target_open[:10]
     came = frame.loc[frame["timestamp"] == shown.target_open, "close"]
     _console().print(f"This is a {SAMPLE_LABEL}: real candles, but of {day}. Nothing here is about today." + _came(shown, came))
-    _console().print(f"\nWhere to look next:\n  the report of this run   {settings.runs / name}/*/train.ipynb\n  today's market           mkrich train {name} && mkrich forecast {name}\n  this machine             mkrich doctor")
+    _console().print(f"\nWhere to look next:\n  the report of this run   {settings.runs / name}/*/train.html (and train.ipynb)\n  today's market           mkrich train {name} && mkrich forecast {name}\n  this machine             mkrich doctor")
 
 
 def _came(shown: "Forecast", came: Any) -> str:

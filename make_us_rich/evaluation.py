@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BIN_EDGES', 'next_returns', 'scorable_rows', 'pinball', 'crps', 'coverage', 'winkler', 'pit_counts', 'HitRate',
            'hit_rate', 'dm_test', 'Check', 'Verdict', 'Peer', 'Base', 'Naive', 'HarT', 'check_peer', 'forecast_returns',
-           'widen', 'online_width', 'Scores', 'evaluate', 'too_good', 'gate', 'plot_test_span', 'plot_calibration',
-           'plot_skill', 'plot_forecast']
+           'graph_returns', 'widen', 'online_width', 'Scores', 'evaluate', 'too_good', 'gate', 'plot_test_span',
+           'plot_calibration', 'plot_skill', 'plot_forecast']
 
 # %% ../nbs/08_evaluation.ipynb #5a01ba1e
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -230,35 +230,54 @@ class Naive(Base):
         return Q - Q[:, [MEDIAN]]
 
 # %% ../nbs/08_evaluation.ipynb #ea44f8d0
-def _decayed(values: np.ndarray, half_life: float) -> np.ndarray:
-    "Exponentially weighted mean up to each row."
-    return pd.Series(values).ewm(halflife=half_life).mean().to_numpy()
+def _decayed(values: np.ndarray, half_life: float, taps: int | None = None) -> np.ndarray:
+    "Exponentially weighted mean up to each row, of at most `taps` rows."
+    mean = pd.Series(values).ewm(halflife=half_life).mean().to_numpy()
+    if taps is None or taps >= len(values):
+        return mean
+    kept, count = 0.5 ** (1 / half_life), np.arange(1, len(values) + 1)
+    total = mean * (1 - kept**count)
+    total[taps:] -= kept**taps * total[:-taps]
+    return total / (1 - kept ** np.minimum(count, taps))
 
 
-def _variance(frame: pd.DataFrame, returns: np.ndarray) -> np.ndarray:
+def _variance(frame: pd.DataFrame, returns: np.ndarray, taps: int | None = None) -> np.ndarray:
     "Variance of each candle: mean of squared return and Garman-Klass, one wild print tamed; causal."
     high_low, close_open = np.log(frame["high"] / frame["low"]).to_numpy(), np.log(frame["close"] / frame["open"]).to_numpy()
     garman_klass = np.maximum(0.5 * high_low**2 - (2 * np.log(2) - 1) * close_open**2, 0)
     variance = np.where(np.isfinite(returns), 0.5 * (np.nan_to_num(returns) ** 2 + garman_klass), garman_klass)
-    before = np.append(np.inf, _decayed(variance, 240)[:-1])
+    before = np.append(np.inf, _decayed(variance, 240, taps)[:-1])
     return np.minimum(variance, 100 * before + 1e-10)
 
 # %% ../nbs/08_evaluation.ipynb #393c0a7b
-def _hour_factor(y: np.ndarray, s: np.ndarray, hour: np.ndarray) -> np.ndarray:
-    "How loud this hour of day was so far, 1 = as usual; row t uses outcomes of earlier rows only."
+def _hour_factor(y: np.ndarray, s: np.ndarray, hour: np.ndarray, rows: int | None = None) -> np.ndarray:
+    "How loud this hour of day was so far, 1 = as usual; row t uses outcomes of earlier rows only, at most `rows` of them."
     size = pd.Series(np.abs(y) / s)
     known = size.notna().astype(float)
     total = size.fillna(0).groupby(hour).cumsum() - size.fillna(0)
     count = known.groupby(hour).cumsum() - known
-    return ((total + 30 * 0.7) / (count + 30) / 0.7).to_numpy()
+    if rows is not None:
+        total, count = _by_hour(size.fillna(0).to_numpy(), hour, rows), _by_hour(known.to_numpy(), hour, rows)
+    return np.asarray((total + 30 * 0.7) / (count + 30) / 0.7)
+
+
+def _by_hour(values: np.ndarray, hour: np.ndarray, rows: int) -> np.ndarray:
+    "Sum of the values at the same hour of day in the `rows` rows before each row."
+    sums = np.zeros((len(values) + 1, 24))
+    np.cumsum((hour[:, None] == np.arange(24)) * values[:, None], axis=0, out=sums[1:])
+    at = np.arange(len(values))
+    return sums[at, hour] - sums[np.maximum(at - rows, 0), hour]
 
 # %% ../nbs/08_evaluation.ipynb #24ef3852
-def _har_inputs(frame: pd.DataFrame, interval: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "(x [T, p], s [T], y [T]) of HAR-t; x and s of row t use candles up to t."
+def _har_inputs(frame: pd.DataFrame, interval: Interval, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "(x [T, p], s [T], y [T]) of HAR-t; x and s of row t use candles up to t, at most `window` of them (840 or more)."
+    def decayed(values: np.ndarray, half_life: int) -> np.ndarray:
+        return _decayed(values, half_life, None if window is None else min(6 * half_life, window - 120))
+
     returns = _returns(frame, interval)
     y = np.append(returns[1:], np.nan)
-    variance = _variance(frame, returns)
-    volatility = {half_life: np.sqrt(_decayed(variance, half_life) + 1e-10) for half_life in (2, 6, 24, 72, 240)}
+    variance = _variance(frame, returns, None if window is None else 119)
+    volatility = {half_life: np.sqrt(decayed(variance, half_life) + 1e-10) for half_life in (2, 6, 24, 72, 240)}
     s = volatility[24]
     coming = frame["timestamp"] + interval.delta
     hour, weekday = coming.dt.hour.to_numpy(), coming.dt.weekday.to_numpy()
@@ -268,8 +287,8 @@ def _har_inputs(frame: pd.DataFrame, interval: Interval) -> tuple[np.ndarray, np
     columns = [
         *(np.log(volatility[k] / s) for k in (2, 6, 72, 240)),
         *(np.log(size / s + 0.05) for size in (np.abs(np.nan_to_num(returns)), log_range)),
-        *(volume - _decayed(volume, 168), _decayed(volume, 6) - _decayed(volume, 168), trades - _decayed(trades, 168)),
-        *(np.log(_hour_factor(y, s, hour)), np.sin(day), np.cos(day), np.sin(2 * day), np.cos(2 * day)),
+        *(volume - decayed(volume, 168), decayed(volume, 6) - decayed(volume, 168), trades - decayed(trades, 168)),
+        *(np.log(_hour_factor(y, s, hour, None if window is None else window - 312)), np.sin(day), np.cos(day), np.sin(2 * day), np.cos(2 * day)),
         *(np.where(weekday >= 5, 1.0, 0.0), np.sin(week), np.cos(week), np.ones(len(frame))),
     ]
     return np.clip(np.stack(columns, axis=1), -8, 8), s, y
@@ -313,13 +332,13 @@ class HarT:
 
     name = "HAR-t"
 
-    def __init__(self, interval: str | Interval = "1h", refit: int = 168, history: int = 8000) -> None:
-        self.interval, self.refit, self.history = Interval.parse(interval), refit, history
+    def __init__(self, interval: str | Interval = "1h", refit: int = 168, history: int = 8000, window: int | None = None) -> None:
+        self.interval, self.refit, self.history, self.window = Interval.parse(interval), refit, history, window
         self.end, self.start = 0, np.zeros(0)
 
     def fit(self, frame: pd.DataFrame, end: int) -> "HarT":
         "Weights from the outcomes known at row `end`; later refits start from them."
-        x, s, y = _har_inputs(frame.iloc[: end + 1], self.interval)
+        x, s, y = _har_inputs(frame.iloc[: end + 1], self.interval, self.window)
         self.end, self.start = end, _t_weights(x, y / s, _known_rows(y / s, end, self.history), np.zeros(x.shape[1] + 1))
         return self
 
@@ -328,7 +347,7 @@ class HarT:
         rows = np.asarray(rows, dtype=int)
         if len(rows) and rows.min() < self.end:
             raise ValueError(f"HAR-t was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end")
-        x, s, y = _har_inputs(frame, self.interval)
+        x, s, y = _har_inputs(frame, self.interval, self.window)
         Q = np.empty((len(rows), len(LEVELS)))
         for week in np.unique((rows - self.end) // self.refit):
             known = _known_rows(y / s, self.end + int(week) * self.refit, self.history)
@@ -337,6 +356,12 @@ class HarT:
             asked = (rows - self.end) // self.refit == week
             Q[asked] = sigma[rows[asked], None] * np.quantile(y[known] / sigma[known], LEVELS)
         return Q
+
+    def parameters(self, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        "Weights [18] of log(sigma / s) and quantiles [21] of y / sigma as fitted at `end`."
+        x, s, y = _har_inputs(frame.iloc[: self.end + 1], self.interval, self.window)
+        known = _known_rows(y / s, self.end, self.history)
+        return self.start[:-1], np.quantile(y[known] / (s[known] * np.exp(x[known] @ self.start[:-1])), LEVELS)
 
 # %% ../nbs/08_evaluation.ipynb #5c576fc7
 def _cut_and_altered(frame: pd.DataFrame, t: int) -> list[pd.DataFrame]:
@@ -410,6 +435,17 @@ def forecast_returns(
         Q[part] = np.log(prices.numpy() / values[rows[part], 3][:, None])
     return Q
 
+# %% ../nbs/08_evaluation.ipynb #a8c81d5f
+def graph_returns(predict: Callable[..., Any], window: int, frame: pd.DataFrame, rows: np.ndarray, batch: int = 64) -> np.ndarray:
+    "Q [n, 21] log returns, unwidened, of a graph over the windows that end at `rows`."
+    values, times = frame[VALUE_COLUMNS].to_numpy(float), frame["timestamp"].astype("int64").to_numpy()
+    rows, parts = np.asarray(rows, dtype=int), [np.empty((0, len(LEVELS)))]
+    for first in range(0, len(rows), batch):
+        part = rows[first : first + batch]
+        at = part[:, None] + np.arange(1 - window, 1)  # [batch, window] row numbers
+        parts.append(np.log(predict(values[at], times[at])[0] / values[part, 3:4]))
+    return np.concatenate(parts)
+
 # %% ../nbs/08_evaluation.ipynb #6902258f
 def widen(Q: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     "Q [n, 21] with every distance from the median multiplied by `width`, a number or [n]; what the graph does inside."
@@ -459,7 +495,7 @@ class Scores:
             cells += [*(_percent(row[f"cov{percent}"]) for percent in RANGES), f"{row['width80_bp']:.0f} bp"]
             lines.append("| " + " | ".join(cells) + " |")
         note = "Below 1 is better; t < -1.64: better than the base, and hardly by chance. 50, 80, 95 %: share of hours inside that range."
-        return "\n".join([*lines, "", f"{int(self.table['n'].iloc[0])} hours. {note}"])
+        return "\n".join([*lines, "", f"{int(self.table['n'].iloc[0])} forecasts. {note}"])
 
 # %% ../nbs/08_evaluation.ipynb #746c349c
 def _score(y: np.ndarray, Q: np.ndarray, base_crps: np.ndarray) -> dict[str, float]:
@@ -600,7 +636,13 @@ def gate(
             checks.append(_prefix_check(forecaster, frame, rows[scored], Q[scored]))
     if parity is not None:
         checks.append(_parity_check(parity))
-    return Verdict(checks + (_candle_checks(frame, interval, now) if now is not None else []))
+    checks += _candle_checks(frame, interval, now) if now is not None else []
+    return Verdict(checks if str(interval) == "1h" else [_in_candles(check) for check in checks])
+
+
+def _in_candles(check: Check) -> Check:
+    "The same check for candles that are not hours long."
+    return replace(check, rule=check.rule.replace("hours", "candles"), sentence=check.sentence.replace("hours", "candles"))
 
 # %% ../nbs/08_evaluation.ipynb #2f9dff98
 _BLUE, _RED, _ORANGE, _GREY = "#1f5fbf", "#c8374b", "#e08a1e", "#6b7280"
@@ -622,6 +664,11 @@ def _figure(columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
 
 def _title(ax: Any, pair: str, finding: str) -> None:
     ax.set_title(f"{pair}: {finding}" if pair else finding, loc="left", fontsize=10)
+
+
+def _unit(interval: str | Interval) -> str:
+    "What is counted: hours, or candles of another length."
+    return "hours" if str(interval) == "1h" else f"candles of {interval}"
 
 
 def _price_axes(ax: Any, pair: str) -> None:
@@ -655,7 +702,7 @@ def plot_test_span(
         out = prices[(prices["came"] < prices[low]) | (prices["came"] > prices[high])]
         ax.scatter(out.index, out["came"], s=size, color=colour, zorder=3, label=f"outside {percent} %: {len(out)}")
     held = coverage(np.log(came / last), Q, 80)
-    _title(ax, pair, f"the 80 % range held {_percent(held, 0)} of the last {len(rows)} hours")
+    _title(ax, pair, f"the 80 % range held {_percent(held, 0)} of the last {len(rows)} {_unit(interval)}")
     ax.legend(fontsize=8, frameon=False, ncols=3)
     _price_axes(ax, pair)
     return figure
@@ -686,7 +733,7 @@ def plot_calibration(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, inter
     right.set_ylabel("observed coverage, %", fontsize=9)
     right.legend(fontsize=8, frameon=False)
     worst = np.abs(observed - promised).max()
-    _title(left, pair, f"{len(y)} hours")
+    _title(left, pair, f"{len(y)} {_unit(interval)}")
     _title(right, "", f"ranges are off by {worst:.1f} points at most")
     return figure
 
@@ -709,7 +756,7 @@ def plot_skill(scores: Scores, pair: str = "") -> "Figure":
     best = table["crps/base"].idxmin()
     gain = 1 - table["crps/base"].min()
     finding = f"{best} is {_percent(gain)} better than the base" if gain > 0 else "nothing here beats the base"
-    _title(ax, pair, f"{finding} over {int(table['n'].iloc[0])} hours")
+    _title(ax, pair, f"{finding} over {int(table['n'].iloc[0])} forecasts")
     return figure
 
 # %% ../nbs/08_evaluation.ipynb #0aa9271b

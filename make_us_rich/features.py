@@ -125,14 +125,12 @@ def clock_features(open_time: Tensor) -> list[Tensor]:
 # %% ../nbs/05_features.ipynb #d21875c9
 def hour_activity(activity: Tensor, open_time: Tensor, target_time: Tensor, rows: int, prior: float = 10.0) -> Tensor:
     "Log of the target hour's mean activity over all hours' mean, in the last `rows` rows: `[B, M] -> [B, M - rows]`."
-    hours = torch.arange(24)[:, None]
-    own, target = clock(open_time)[0][:, None] == hours, clock(target_time)[0][:, None] == hours  # [B, 24, M]
-    total = torch.where(own, activity.double()[:, None], 0.0).cumsum(-1)
-    count = own.double().cumsum(-1)
-    total, count = total[..., rows:] - total[..., :-rows], count[..., rows:] - count[..., :-rows]  # [B, 24, M - rows]
-    mean = (total.sum(1) / rows).clamp_min(1e-12)
-    this_hour = torch.where(target[..., rows:], total, 0.0).sum(1)
-    days = torch.where(target[..., rows:], count, 0.0).sum(1)
+    hour, target = clock(open_time)[0], clock(target_time)[0][:, None, rows:]  # [B, M], [B, 1, M - rows]
+    own, activity = hour[:, None] == torch.arange(24)[:, None], activity.double()  # [B, 24, M], [B, M]
+    total, count = torch.where(own, activity[:, None], 0.0).cumsum(-1), own.float().cumsum(-1)  # counts are exact up to 2**24 rows
+    this_hour, days = (part[..., rows:].gather(1, target)[:, 0] - part[..., :-rows].gather(1, target)[:, 0] for part in (total, count))
+    every = activity.cumsum(-1)
+    mean = ((every[:, rows:] - every[:, :-rows]) / rows).clamp_min(1e-12)
     return torch.log((this_hour + prior * mean).clamp_min(1e-12) / (days + prior) / mean).float()
 
 # %% ../nbs/05_features.ipynb #369842b7
@@ -182,7 +180,7 @@ class CandleFeatures(nn.Module):
         self.day = FirBank(ema_weights(24, SHORT), block=4)
         self.weeks = FirBank(ema_weights(72, 432), ema_weights(240, LONG), block=24)
         self.near = FirBank(ema_weights(6, 36), *(gap_weights(h, 6 * h) for h in GAPS[:4]))
-        self.far = FirBank(gap_weights(24, SHORT), block=4)
+        self.far = FirBank(ema_weights(24, SHORT), gap_weights(24, SHORT), block=4)
         self.busy = FirBank(gap_weights(6, 48))
         self.usual = FirBank(gap_weights(168, LONG), block=24)
 
@@ -192,7 +190,7 @@ class CandleFeatures(nn.Module):
         daily = _deviation(self.day(one.variance))[..., 0]  # [B, T - SHORT]
         scale = daily[:, -rows:]
         others = torch.cat([_deviation(bank(one.variance)[:, -rows:]) for bank in (self.hours, self.weeks)], -1)
-        averages = torch.cat([bank(one.r)[:, -rows:] for bank in (self.near, self.day, self.far)], -1)
+        averages = torch.cat([bank(one.r)[:, -rows:] for bank in (self.near, self.far)], -1)
         usual = self.usual(one.volume)[:, -rows:, 0]
         busy = [-usual, self.busy(one.volume)[:, -rows:, 0] - usual, -self.usual(one.trades)[:, -rows:, 0]]
         takers = [one.taker[:, -rows:], self.day(one.taker)[:, -rows:, 0]]
@@ -202,7 +200,7 @@ class CandleFeatures(nn.Module):
         season = hour_activity(activity, open_time[:, SHORT + 1 :], target_time[:, SHORT + 1 :], LONG - SHORT - 1)
         level = _volatility(one, scale, others)
         columns = [*level, *moves[:2], *busy, *takers, *moves[2:], season, *clock_features(target_time[:, -rows:])]
-        return torch.stack(columns, -1).clamp(-8, 8), scale.double()
+        return torch.stack(columns, 1).clamp(-8, 8).transpose(1, 2).contiguous(), scale.double()  # stacked in rows, which is faster
 
 # %% ../nbs/05_features.ipynb #565db3dd
 def targets(candles: Tensor, open_time: Tensor, interval_ms: int, scale: Tensor) -> tuple[Tensor, Tensor]:

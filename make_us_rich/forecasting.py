@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAP_ROWS', 'PATIENCE', 'WIDTH_ROWS', 'open_session', 'OnnxModel', 'ModelLoader', 'format_price', 'rise_probability',
-           'reliability_sentence', 'Forecast', 'forecast_rows', 'why_not', 'serving_width', 'forecast_pair']
+           'reliability_sentence', 'caveats', 'reliability_text', 'Forecast', 'forecast_rows', 'why_not',
+           'serving_width', 'forecast_pair']
 
 # %% ../nbs/12_forecasting.ipynb #40425c85
 import os
@@ -22,7 +23,8 @@ from .candle_store import CandleStore
 from .candles import SAMPLE_LABEL, VALUE_COLUMNS, Gap, Interval, Pair, find_gaps
 from .evaluation import online_width
 from .exchange import BinanceClient
-from .model_store import Bundle, ModelStore
+from .model_store import Bundle, Manifest, ModelStore
+from .pool import pooled_note, serving_champion
 from make_us_rich.settings import (
     LEVELS, MEDIAN, RANGES, CandleError, ExchangeError, ForecastUnavailable, StoreError, log, system_clock, utc_iso,
 )  # fmt: skip
@@ -85,9 +87,12 @@ class ModelLoader:
         pair, key = Pair.parse(pair), (str(Pair.parse(pair)), str(interval))
         if version is not None:
             return OnnxModel(self.store.load(*key, version))
-        pointer = self.store.champion(*key)
-        if pointer is None:
-            raise ForecastUnavailable(f"no model of {pair} {interval} is published yet; train one with `mkrich train {pair}`", reason="no_model")
+        found = serving_champion(self.store, pair, key[1])
+        if found is None:
+            option = "" if key[1] == "1h" else f" --interval {interval}"
+            raise ForecastUnavailable(f"no model of {pair} {interval} is published yet; train one with `mkrich train {pair}{option}`", reason="no_model")
+        owner, pointer = found
+        key = (str(owner), key[1])
         held = self._loaded.get(key)
         if held is None or held[0] != pointer.version:
             try:
@@ -111,14 +116,32 @@ def rise_probability(quantiles: np.ndarray, last_close: float) -> float:
     return 1.0 - float(np.interp(last_close, quantiles, LEVELS))
 
 # %% ../nbs/12_forecasting.ipynb #04c1be88
-def reliability_sentence(scores: Iterable[dict[str, Any]]) -> str:
+def reliability_sentence(scores: Iterable[dict[str, Any]], interval: str = "1h") -> str:
     "One sentence from the manifest's scores, whose first row is the model's own."
     own = next(iter(scores), None)
     if own is None:
         return "Its reliability was never measured; live record: none yet."
     gain = (1 - float(own["crps/base"])) * 100
     verdict = f"beat 'no change' by {gain:.1f} %" if gain > 0 else f"were {-gain:.1f} % worse than 'no change'"
-    return f"On {int(own['n'])} test hours its ranges {verdict} and the 80 % range held {own['cov80'] * 100:.1f} % of the hours; live record: none yet."
+    tested = "test hours" if interval == "1h" else f"test candles of {interval}"
+    share = f"{own['cov80'] * 100:.1f} % of the {'hours' if interval == '1h' else 'candles'}"
+    return f"On {int(own['n'])} {tested} its ranges {verdict} and the 80 % range held {share}; live record: none yet."
+
+# %% ../nbs/12_forecasting.ipynb #471b183a
+def caveats(pair: str | Pair, manifest: Manifest) -> str:
+    "What a reader should know before the figures: pooled, fallback, or an interval that the design was not measured on; often empty."
+    is_fallback = manifest.recipe.get("name") == "HAR-t"
+    notes = [
+        pooled_note(pair, manifest),
+        "It is the fallback HAR-t, a volatility model without a view on the direction: no network serves this pair now." if is_fallback else "",
+        "" if manifest.interval == "1h" else f"The design was measured on 1h candles only, so with {manifest.interval} there is less experience.",
+    ]
+    return " ".join(note for note in notes if note)
+
+
+def reliability_text(pair: str | Pair, manifest: Manifest) -> str:
+    "The caveats, then `reliability_sentence`."
+    return " ".join(filter(None, [caveats(pair, manifest), reliability_sentence(manifest.scores, manifest.interval)]))
 
 # %% ../nbs/12_forecasting.ipynb #b0bb8d8a
 class Forecast(BaseModel):
@@ -257,19 +280,19 @@ def forecast_pair(
     except CandleError as e:
         return Forecast(**facts, status="abstain", reason=e.reason, sentence=f"{e}{advice}")
     frame = frame[frame["timestamp"] + step.delta <= now].tail(max(model.window + WIDTH_ROWS, GAP_ROWS)).reset_index(drop=True)
-    facts |= _facts_of(model, source, now)
+    facts |= _facts_of(pair, model, source, now)
     reason, sentence = why_not(frame, model.window, pair, step, now)
     if reason:
         return Forecast(**facts | _as_of(frame, step, now), status="abstain", reason=reason, sentence=sentence + advice)
     return _answer(model, frame, step, facts | _as_of(frame, step, now), advice)
 
 
-def _facts_of(model: OnnxModel, source: str, now: pd.Timestamp) -> dict[str, Any]:
+def _facts_of(pair: Pair, model: OnnxModel, source: str, now: pd.Timestamp) -> dict[str, Any]:
     m = model.manifest
     age = max(0.0, (now - pd.Timestamp(m.cutoff)) / pd.Timedelta("1h"))
     label = source if source.startswith((SAMPLE_LABEL, "synthetic")) else ""
     return {"model_version": m.version, "model_age_hours": round(age, 1), "run_id": m.run_id, "source": source, "label": label,
-            "reliability": reliability_sentence(m.scores)}  # fmt: skip
+            "reliability": reliability_text(pair, m)}  # fmt: skip
 
 
 def _as_of(frame: pd.DataFrame, step: Interval, now: pd.Timestamp) -> dict[str, Any]:

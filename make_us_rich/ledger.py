@@ -27,6 +27,7 @@ from .database import Demotion, ForecastRow, insert_into, session
 from .evaluation import Base, Check, HitRate, crps, dm_test, hit_rate
 from .forecasting import Forecast, ModelLoader, OnnxModel, forecast_pair, format_price
 from .model_store import UNUSABLE, ModelStore, Pointer
+from .pool import POOLED, serving_champion
 from make_us_rich.settings import (
     LEVELS, MEDIAN, RANGES, CandleError, Clock, ForecastUnavailable, StoreError, log, system_clock, utc_iso,
 )  # fmt: skip
@@ -439,9 +440,10 @@ def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str)
 # %% ../nbs/12b_ledger.ipynb #98bf6694
 def circuit_breaker(engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, now: pd.Timestamp) -> Demoted | None:
     "Take the champion out of service if its live record is bad; None if nothing had to be done."
-    name, pointer = str(Pair.parse(pair)), store.champion(pair, interval)
-    if pointer is None:
+    name, found = str(Pair.parse(pair)), serving_champion(store, pair, interval)
+    if found is None:
         return None
+    owner, pointer = found
     before = demotions(engine, name, interval)
     mine = [d for d in before if d.from_version == pointer.version]
     if mine and not mine[0].to_version:
@@ -449,7 +451,8 @@ def circuit_breaker(engine: Engine, pair: str | Pair, interval: str | Interval, 
     bad = what_is_bad(load_record(engine, name, interval, since=mine[0].at if mine else None, version=pointer.version))
     if not bad:
         return None
-    to = go_back(store, pointer, {d.from_version for d in before} | {pointer.version}, f"circuit breaker: {bad}")
+    tainted = {d.from_version for d in before} | {pointer.version}
+    to = "" if owner == POOLED != Pair.parse(pair) else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
     with session(engine) as s:
         s.add(Demotion(pair=name, interval=str(interval), at=now, from_version=pointer.version, to_version=to, reason=bad))
     log.warning("%s %s: %s was taken out of service (%s); %s", name, interval, pointer.version, bad, f"{to} serves" if to else "the pair abstains")
@@ -596,12 +599,14 @@ def verify_record(
 
 
 def _stored(store: ModelStore, pair: str, interval: str, version: str) -> OnnxModel | None:
-    try:
-        return RememberedModel(OnnxModel(store.load(pair, interval, version)))
-    except StoreError as e:
-        if e.reason not in UNUSABLE:
-            raise
-        return None
+    "The model of a version, the pair's own or the pooled one; None if it is no longer stored."
+    for owner in (pair, POOLED):
+        try:
+            return RememberedModel(OnnxModel(store.load(owner, interval, version)))
+        except StoreError as e:
+            if e.reason not in UNUSABLE:
+                raise
+    return None
 
 # %% ../nbs/12b_ledger.ipynb #dbb4ebf7
 class Ledger:

@@ -6,12 +6,12 @@
 __all__ = ['GROUPS', 'command_names', 'app', 'main']
 
 # %% ../nbs/19_main.ipynb #fbc52c2b
-from . import cli_operating, cli_serving
+from . import cli_fleet, cli_operating, cli_research, cli_serving, cli_up
 from .cli import app, main
 
 # %% ../nbs/19_main.ipynb #8f7f708d
 _all_ = ["app", "main"]
-GROUPS = (cli_serving, cli_operating)  # importing a group registers its commands
+GROUPS = (cli_serving, cli_operating, cli_research, cli_up, cli_fleet)  # importing a group registers its commands
 
 # %% ../nbs/19_main.ipynb #4b9dea09
 def command_names() -> list[str]:

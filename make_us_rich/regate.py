@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from .candle_store import CandleStore
-from .candles import VALUE_COLUMNS, Interval, Pair
-from .evaluation import HarT, Scores, Verdict, evaluate, gate, online_width, scorable_rows, widen
+from .candles import Interval, Pair
+from .evaluation import HarT, Scores, Verdict, evaluate, gate, graph_returns, online_width, scorable_rows, widen
 from .forecasting import OnnxModel
 from .model_store import Manifest, ModelReader
+from .pool import POOLED, serving_champion
 from .settings import CandleError, ForecastUnavailable, StoreError, log, utc_iso
 
 # %% ../nbs/12_regate.ipynb #b3cb37eb
@@ -25,7 +26,7 @@ def unseen_from(manifest: Manifest, frame: pd.DataFrame) -> pd.Timestamp:
     "Open time of the first candle whose *next* close a version has not learned from."
     data, share = manifest.data, manifest.recipe.get("test_size")
     step = Interval.parse(manifest.interval)
-    if not isinstance(share, float):
+    if not isinstance(share, float) or manifest.pair == str(POOLED):
         return pd.Timestamp(data.last)
     test = max(round(data.rows * share), 720)
     seen = frame.loc[frame["timestamp"].between(data.first, data.last), "timestamp"]
@@ -34,27 +35,21 @@ def unseen_from(manifest: Manifest, frame: pd.DataFrame) -> pd.Timestamp:
 # %% ../nbs/12_regate.ipynb #46ad79f3
 def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch: int = 64) -> np.ndarray:
     "Q [n, 21] log returns, unwidened, of a published model over the windows that end at `rows`."
-    values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
-    rows, parts = np.asarray(rows, dtype=int), [np.empty((0, len(model.manifest.levels)))]
-    for first in range(0, len(rows), batch):
-        part = rows[first : first + batch]
-        window = part[:, None] + np.arange(1 - model.window, 1)  # [batch, window] row numbers
-        parts.append(np.log(model.predict(values[window], times[window])[0] / values[part, 3:4]))
-    return np.concatenate(parts)
+    return graph_returns(model.predict, model.window, frame, rows, batch)
 
 # %% ../nbs/12_regate.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, pair: str | Pair, interval: str | Interval = "1h"
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, pair: str | Pair, interval: str | Interval = "1h", hours: int = 720
 ) -> np.ndarray | None:
-    "Q [n, 21] of the pair's champion at `rows`, or None if there is no sound one that has not learned from them."
+    "Q [n, 21] of the champion that serves the pair at `rows`, or None if there is no sound one that has not learned from the last `hours` of them."
     try:
-        if store.champion(pair, interval) is None:
+        if (found := serving_champion(store, pair, interval)) is None:
             return None
-        model = OnnxModel(store.load(pair, interval))
+        model = OnnxModel(store.load(found[0], interval))
     except StoreError as e:
         log.warning("the candidate is judged without the champion: %s", e)
         return None
-    fair = len(rows) > 0 and rows[0] >= model.window - 1 and frame["timestamp"].iloc[rows[0]] >= unseen_from(model.manifest, frame)
+    fair = len(rows) > 0 and rows[0] >= model.window - 1 and frame["timestamp"].iloc[rows[-hours:][0]] >= unseen_from(model.manifest, frame)
     return onnx_returns(model, frame, rows) if fair else None
 
 # %% ../nbs/12_regate.ipynb #53944be2

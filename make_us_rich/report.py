@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_URL', 'LONG_HOLE', 'open_market', 'since_long_hole', 'Run', 'open_run', 'plot_prices', 'Markdown',
-           'recipe_table', 'TestSpan', 'walk_test_span', 'judge', 'Publication', 'publish_or_refuse', 'where_next']
+           'recipe_table', 'TestSpan', 'rows_to_test', 'walk_test_span', 'judge', 'Publication', 'publish_or_refuse',
+           'Fallback', 'publish_fallback', 'where_next']
 
 # %% ../nbs/12a_report.ipynb #9f3f4479
 import atexit
+import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -26,11 +30,13 @@ from .candle_store import CandleStore
 from make_us_rich.candles import (
     SAMPLE_LABEL, SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, Interval, Pair, clean_candles, content_hash, find_gaps, load_sample,
 )  # fmt: skip
-from .evaluation import HarT, Scores, Verdict, evaluate, forecast_returns, gate, online_width, scorable_rows, widen
+from .evaluation import HarT, Scores, Verdict, evaluate, forecast_returns, gate, graph_returns, online_width, scorable_rows, widen
 from .exchange import BinanceClient
+from .fallback import WINDOW, fallback_graph, fit_fallback
 from .features import split
 from .forecasting import open_session
 from .model_store import DataSpan, Golden, Manifest, ModelStore
+from .regate import champion_returns
 from .replay import ReplayServer
 from .settings import LEVELS, CandleError, Settings, StoreError, get_settings, system_clock, utc_iso, write_atomic
 from .training import Recipe, TrainResult, load_recipe
@@ -97,9 +103,10 @@ class Run:
 
     def _repr_markdown_(self) -> str:
         note = f"**{self.label}: these candles are real but old, nothing below is about today.**" if self.label == SAMPLE_LABEL else self.label
+        measured = f"*The design was measured on 1h candles only; with {self.interval} there is less experience.*" if str(self.interval) != "1h" else ""
         head = f"# {self.pair}, {self.interval}, cut-off {self.cutoff:%Y-%m-%d %H:%M} UTC"
         facts = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
-        return "\n\n".join(x for x in (head, facts, note, self.note) if x)
+        return "\n\n".join(x for x in (head, facts, note, measured, self.note) if x)
 
 
 def open_run(
@@ -154,7 +161,7 @@ def plot_prices(run: Run) -> "Figure":
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     ax.set_ylabel(f"close in {run.pair.quote}", fontsize=9)
     change = close.iloc[-1] / close.iloc[0] - 1
-    ax.set_title(f"{run.pair}: {len(close):,} closed hours, {change:+.0%} from the first to the last", loc="left", fontsize=10)
+    ax.set_title(f"{run.pair}: {len(close):,} closed candles of {run.interval}, {change:+.0%} from the first to the last", loc="left", fontsize=10)
     return figure
 
 # %% ../nbs/12a_report.ipynb #9ad4bcfd
@@ -184,18 +191,22 @@ class TestSpan:
     scores: Scores
 
 
+def rows_to_test(run: Run, test: slice, window: int) -> np.ndarray:
+    "The scorable rows of the test part, from the last one that was learned from (its outcome is the first candle of the part)."
+    rows = scorable_rows(run.frame, np.arange(test.start - 1, test.stop - 1), run.interval, window=window)
+    if not len(rows):
+        raise CandleError(f"no candle of the test span of {run.pair} can be scored; fetch a longer history", "short_history")
+    return rows
+
+
 def walk_test_span(run: Run, result: TrainResult) -> TestSpan:
     "Forecast each scorable row of the test part with the trained model and its peers, and score them."
-    part = result.split.test
-    last_seen = part.start - 1  # its outcome is the first candle of the test part
-    rows = scorable_rows(run.frame, np.arange(last_seen, part.stop - 1), run.interval, window=_window(result))
-    if not len(rows):
-        raise CandleError(f"no hour of the test span of {run.pair} can be scored; fetch a longer history", "short_history")
+    rows = rows_to_test(run, result.split.test, _window(result))
     Q = forecast_returns(result.forecaster, run.frame, rows)
     shown = widen(Q, online_width(run.frame, rows, Q, run.interval))
     har = HarT(run.interval)
     others = {har.name: har.fit(run.frame, int(rows[0])).quantiles(run.frame, rows)}
-    return TestSpan(rows, Q, shown, evaluate(run.frame, rows, {f"recipe {run.recipe.name}": shown, **others}, run.interval))
+    return TestSpan(rows, Q, shown, evaluate(run.frame, rows, {f"recipe {result.recipe.name}": shown, **others}, run.interval))
 
 
 def _window(result: TrainResult) -> int:
@@ -203,8 +214,9 @@ def _window(result: TrainResult) -> int:
 
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
-    "The gate's verdict on the trained model."
-    return gate(run.frame, span.rows, span.Q, interval=run.interval, forecaster=result.forecaster, parity=parity)
+    "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
+    champion = champion_returns(run.models, run.frame, span.rows, run.pair, run.interval)
+    return gate(run.frame, span.rows, span.Q, interval=run.interval, forecaster=result.forecaster, parity=parity, incumbent=champion)
 
 # %% ../nbs/12a_report.ipynb #b560125f
 def _plain(value: Any) -> Any:
@@ -231,40 +243,55 @@ def _git_revision() -> str:
 # %% ../nbs/12a_report.ipynb #3486ed99
 @dataclass(frozen=True)
 class Publication:
-    "What became of the candidate: `state` published or refused."
+    "What became of the candidate: `state` published or refused; `fallback` is the version of HAR-t that this run published, if it did."
 
     state: str
     reasons: list[str]
     version: str = ""
     promoted: bool = False
+    fallback: str = ""
 
     def _repr_markdown_(self) -> str:
         if self.state == "refused":
-            return "**Refused, not published.** The champion, if there is one, keeps serving.\n\n" + "\n".join(f"- {r}" for r in self.reasons)
+            serves = f"The fallback HAR-t `{self.fallback}` serves." if self.fallback else "The champion, if there is one, keeps serving."
+            return f"**Refused, not published.** {serves}\n\n" + "\n".join(f"- {r}" for r in self.reasons)
         return f"**Published** as `{self.version}`" + (" and promoted to champion." if self.promoted else f", not promoted: {'; '.join(self.reasons)}")
 
-
-def publish_or_refuse(run: Run, result: TrainResult, model: bytes, span: TestSpan, verdict: Verdict) -> Publication:
+# %% ../nbs/12a_report.ipynb #976c8481
+def publish_or_refuse(
+    run: Run, result: TrainResult, model: bytes, span: TestSpan, verdict: Verdict, fallback: "Fallback | None" = None
+) -> Publication:
     "Publish and promote a model that passed; write `result.json` for the runner either way."
+    backup = fallback.version if fallback else ""
     if not verdict.passed:
-        publication = Publication("refused", verdict.reasons)
+        publication = Publication("refused", verdict.reasons, fallback=backup)
     else:
-        published = run.models.publish(_manifest(run, result, model, span, verdict), model)
-        try:
-            run.models.promote(str(run.pair), str(run.interval), published, "passed the gate")
-            publication = Publication("published", [], published, True)
-        except StoreError as e:
-            if e.reason != "older_cutoff":
-                raise
-            publication = Publication("published", [str(e)], published)
-    facts = {"run_id": run.run_id, "state": publication.state, "version": publication.version, "reasons": publication.reasons}
-    write_atomic(run.result_path, json.dumps(facts | {"promoted": publication.promoted}, indent=1).encode())
+        if fallback and fallback.waiting:
+            backup, _ = _publish_har(run, *fallback.waiting)
+        recipe = json.loads(result.recipe.model_dump_json())
+        draft = _manifest(run, model, span.scores, verdict, recipe=recipe, recipe_hash=result.recipe.hash, window=_window(result), run_id=run.run_id)
+        published = run.models.publish(draft, model)
+        problem = _promote(run, published, "passed the gate")
+        publication = Publication("published", [problem] if problem else [], published, not problem, backup)
+    facts = {"run_id": run.run_id} | dataclasses.asdict(publication)
+    write_atomic(run.result_path, json.dumps(facts, indent=1).encode())
     return publication
 
 
-def _manifest(run: Run, result: TrainResult, model: bytes, span: TestSpan, verdict: Verdict) -> Manifest:
+def _promote(run: Run, version: str, reason: str) -> str:
+    "Move the pointer; the sentence of the store if a newer champion stands there."
+    try:
+        run.models.promote(str(run.pair), str(run.interval), version, reason)
+        return ""
+    except StoreError as e:
+        if e.reason != "older_cutoff":
+            raise
+        return str(e)
+
+
+def _manifest(run: Run, model: bytes, scores: Scores, verdict: Verdict, *, recipe: dict[str, Any], recipe_hash: str, window: int, run_id: str) -> Manifest:
     "The manifest of a candidate, as pure data."
-    window, frame = _window(result), run.frame
+    frame = run.frame
     tail = frame.tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
     quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
@@ -274,16 +301,93 @@ def _manifest(run: Run, result: TrainResult, model: bytes, span: TestSpan, verdi
     )  # fmt: skip
     return Manifest(
         pair=str(run.pair), interval=str(run.interval), window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
-        recipe=json.loads(run.recipe.model_dump_json()), recipe_hash=run.recipe.hash, data=data, cutoff=run.cutoff, created_at=system_clock(),
-        scores=json.loads(json.dumps(span.scores.to_dict(), default=float)), verdict=json.loads(json.dumps(verdict.to_dict(), default=_plain)),
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries=_libraries(), git_revision=_git_revision(), run_id=run.run_id,
+        recipe=recipe, recipe_hash=recipe_hash, data=data, cutoff=run.cutoff, created_at=system_clock(),
+        scores=json.loads(json.dumps(scores.to_dict(), default=float)), verdict=json.loads(json.dumps(verdict.to_dict(), default=_plain)),
+        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries=_libraries(), git_revision=_git_revision(), run_id=run_id,
     )  # fmt: skip
+
+# %% ../nbs/12a_report.ipynb #2e2ee157
+@dataclass(frozen=True)
+class Fallback:
+    "What was done about a fallback: the version published, empty if none was, and a sentence; `waiting`: to be published before a network."
+
+    version: str
+    sentence: str
+    reasons: list[str]
+    waiting: tuple[Manifest, bytes] | None = field(default=None, repr=False)
+
+    def _repr_markdown_(self) -> str:
+        return f"**Fallback:** {self.sentence}\n\n" + "\n".join(f"- {reason}" for reason in self.reasons)
+
+
+def _needs_fallback(run: Run) -> str:
+    "Why no fallback is published now, empty if one is."
+    if (pointer := run.models.champion(run.pair, run.interval)) is None:
+        return ""
+    try:
+        manifest = run.models.load(run.pair, run.interval).manifest
+    except StoreError as e:
+        return f"the champion is there but cannot be loaded ({e})."
+    is_old = run.cutoff - pd.Timestamp(manifest.cutoff) > pd.Timedelta("7d")
+    return "" if manifest.recipe.get("name") == HarT.name and is_old else f"{run.pair} has a champion already, `{pointer.version}`."
+
+
+def publish_fallback(run: Run) -> Fallback:
+    "If the pair has no champion: fit HAR-t on the training part, judge it, publish and promote it. To be called before the network is judged."
+    if why := _needs_fallback(run):
+        return Fallback("", why, [])
+    try:
+        test = split(len(run.frame), run.recipe.test_size, run.recipe.val_size, run.recipe.steps).test
+        rows = rows_to_test(run, test, WINDOW)
+        har = fit_fallback(run.frame, test.start - 1, run.interval)
+    except CandleError as e:
+        return Fallback("", "HAR-t could not be fitted.", [str(e)])
+    model = fallback_graph(har, run.frame)
+    Q, parity, forecaster = _walk_graph(run, model, har, rows)
+    champion = champion_returns(run.models, run.frame, rows, run.pair, run.interval)
+    verdict = gate(run.frame, rows, Q, interval=run.interval, forecaster=forecaster, parity=parity, incumbent=champion)
+    waits = [check.name for check in verdict.checks if check.refuses and not check.passed] == ["not_worse"] and not run.models.champion(run.pair, run.interval)
+    if waits:  # worse than the pooled model only: as the last place to go back to it is good enough, and its manifest tells
+        verdict = Verdict([dataclasses.replace(check, refuses=check.refuses and check.passed) for check in verdict.checks])
+    if not verdict.passed:
+        return Fallback("", "HAR-t did not pass the gate, so it is not published.", verdict.reasons)
+    scores = evaluate(run.frame, rows, {HarT.name: widen(Q, online_width(run.frame, rows, Q, run.interval))}, run.interval)
+    draft = _har_manifest(run, model, scores, verdict)
+    if waits:
+        return Fallback("", "HAR-t passed the gate, but the pooled model serves this pair better; it is published just before a network.", [], (draft, model))
+    version, problem = _publish_har(run, draft, model)
+    return Fallback(version, f"HAR-t passed the gate and is published as `{version}`; it serves until a network does.", [problem] if problem else [])
+
+# %% ../nbs/12a_report.ipynb #6735e617
+def _walk_graph(run: Run, model: bytes, har: HarT, rows: np.ndarray) -> tuple[np.ndarray, float, Any]:
+    "Q [n, 21] of the graph, its distance from `har`, and the function that forecasts."
+    session = open_session(model)
+
+    def predict(candles: np.ndarray, open_time: np.ndarray) -> Any:
+        return session.run(None, {"candles": candles, "open_time": open_time, "width": np.ones(len(candles))})
+
+    forecaster = partial(graph_returns, predict, WINDOW)
+    Q, wanted = forecaster(run.frame, rows), har.quantiles(run.frame, rows)
+    return Q, float(np.abs((Q - wanted) / (wanted[:, [-1]] - wanted[:, [0]])).max()), forecaster
+
+
+def _har_manifest(run: Run, model: bytes, scores: Scores, verdict: Verdict) -> Manifest:
+    recipe = {"name": HarT.name, "kind": "har-t", "window": WINDOW, "test_size": run.recipe.test_size, "val_size": run.recipe.val_size}
+    mark = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return _manifest(run, model, scores, verdict, recipe=recipe, recipe_hash=mark, window=WINDOW, run_id=f"{run.run_id[:114]}-har-t")
+
+
+def _publish_har(run: Run, draft: Manifest, model: bytes) -> tuple[str, str]:
+    "The version, promoted, and the sentence of the store if a newer champion stands there."
+    version = run.models.publish(draft, model)
+    return version, _promote(run, version, "fallback: passed the gate")
 
 # %% ../nbs/12a_report.ipynb #898c6958
 def where_next(run: Run, publication: Publication) -> Markdown:
     "What a reader of the report may want to do now."
-    commands = [("the forecast of the next hour", f"mkrich forecast {run.pair}"), ("all versions of this pair", f"mkrich models {run.pair}")]
+    option = "" if str(run.interval) == "1h" else f" --interval {run.interval}"
+    commands = [("the newest forecast", f"mkrich forecast {run.pair}{option}"), ("all versions of this pair", f"mkrich models {run.pair}")]
     if publication.promoted:
-        commands.append(("back to the champion before", f"mkrich rollback {run.pair}"))
+        commands.append(("back to the champion before", f"mkrich rollback {run.pair}{option}"))
     lines = "\n".join(f"- {what}: `{command}`" for what, command in commands)
     return Markdown(f"{lines}\n- the runner's own account of this run: `outcome.json` and `log.txt` beside this page")

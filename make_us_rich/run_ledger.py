@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'DONE', 'RETRIES', 'PAUSE', 'COLOURS', 'Planned', 'open_run_row', 'RunLedger', 'close_abandoned',
-           'retry_pause', 'plan_run', 'run_recorded', 'runs_table', 'run_card', 'follow_log']
+           'retry_pause', 'plan_run', 'run_recorded', 'runs_table', 'run_card', 'page_of', 'follow_log']
 
 # %% ../nbs/16a_run_ledger.ipynb #2a69ee67
 import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from sqlalchemy.engine import Engine
 
 from .candles import Interval, Pair
 from .database import RunRow, insert_into, session
+from .pool import POOLED
 from .recipe import load_recipe
 from .settings import Clock, MakeUsRichError, Settings, SettingsError, StoreError, log, system_clock, utc_iso
 
@@ -55,15 +56,15 @@ def _place() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-def open_run_row(engine: Engine, plan: Planned, now: pd.Timestamp, longest: float, again: bool = False) -> int | None:
-    "Number of the attempt that begins now; None if this run is done or somebody is at it. `again` allows a refused run once more."
+def open_run_row(engine: Engine, plan: Planned, now: pd.Timestamp, longest: float, again: Sequence[str] = ()) -> int | None:
+    "Number of the attempt that begins now; None if this run is done or somebody is at it. `again` names done states that may be tried once more."
     fresh: dict[str, Any] = {
         "state": "running", "exit_class": "", "reason": "", "version": "", "host": _place(), "notebook": plan.notebook, "log": plan.log,
         "started_at": now, "finished_at": None, "retry_at": None, "seconds": None,
     }  # fmt: skip
     who = {"run_id": plan.run_id, "pair": plan.pair, "interval": plan.interval, "cutoff": plan.cutoff, "recipe": plan.recipe, "recipe_hash": plan.recipe_hash}
     stale = and_(RunRow.state == "running", RunRow.started_at < now - pd.Timedelta(seconds=longest))
-    allowed = or_(RunRow.state.in_((*AGAIN, "refused") if again else AGAIN), stale)
+    allowed = or_(RunRow.state.in_((*AGAIN, *again)), stale)
     with session(engine) as s:
         statement = insert_into(s, RunRow).values(who | fresh | {"attempts": 1})
         statement = statement.on_conflict_do_update(index_elements=["run_id"], set_=fresh | {"attempts": RunRow.attempts + 1}, where=allowed)
@@ -76,8 +77,8 @@ class RunLedger:
     def __init__(self, engine: Engine, clock: Clock = system_clock) -> None:
         self.engine, self.clock = engine, clock
 
-    def begin(self, plan: Planned, longest: float = 1800, again: bool = False) -> int | None:
-        "Open the row of a planned run; the number of this attempt, or None if there is nothing to do."
+    def begin(self, plan: Planned, longest: float = 1800, again: Sequence[str] = ()) -> int | None:
+        "Open the row of a planned run; the number of this attempt, or None if there is nothing to do (`again`: what is done may be done once more)."
         return open_run_row(self.engine, plan, self.clock(), longest, again)
 
     def finish(self, run_id: str, state: str, *, retry_at: pd.Timestamp | None = None, **facts: Any) -> None:
@@ -130,7 +131,7 @@ def close_abandoned(ledger: RunLedger, settings: Settings, pair: str = "") -> li
 def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
     "State and columns of a run that nobody watches any more."
     from make_us_rich.model_store import ModelStore
-    from make_us_rich.runs import Outcome, _published_before
+    from make_us_rich.runs import Outcome, published_before
 
     folder = Path(row.notebook).parent
     try:
@@ -142,7 +143,7 @@ def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
     killed = f"the program that watched this run (started {utc_iso(row.started_at)}) was killed before the run ended"
     left = Outcome(state="running", run_id=row.run_id, pair=row.pair, interval=row.interval, cutoff=utc_iso(row.cutoff), recipe=row.recipe)
     try:
-        if version := _published_before(ModelStore(settings.store_url), left, row.recipe_hash, folder):
+        if version := published_before(ModelStore(settings.store_url), left, folder):
             return "published", {"exit_class": "ok", "version": version, "reason": f"{killed}; its version was published and is adopted"}
     except StoreError as e:
         killed += f"; whether it published is not known ({e})"
@@ -241,7 +242,10 @@ def run_recorded(
     close_abandoned(ledger, settings, plan.pair)
     ledger.give_up_retries(plan.pair, plan.interval, plan.recipe, plan.cutoff)
     planned = Outcome(state="running", run_id=plan.run_id, pair=plan.pair, interval=plan.interval, cutoff=utc_iso(plan.cutoff), recipe=plan.recipe)
-    attempt = ledger.begin(plan, 2 * settings.deadline + 60, again)
+    longest = (8 if plan.pair == str(POOLED) else 2) * settings.deadline + 60
+    attempt = ledger.begin(plan, longest, ("refused",) if again else ())
+    if attempt is None and again and _is_lost(ledger.find(plan.run_id), settings):
+        attempt = ledger.begin(plan, longest, DONE)
     if attempt is None:
         return planned.model_copy(update=_why_nothing_to_do(ledger.find(plan.run_id)))
     started = time.monotonic()
@@ -252,6 +256,12 @@ def run_recorded(
         log.debug("%s", plan.run_id, exc_info=True)
         outcome = planned.model_copy(update={"state": "failed", "exit_class": exit_class, "reason": reason, "seconds": round(time.monotonic() - started, 1)})
     return _account(ledger, plan, _name_full_disk(outcome), attempt, pause)
+
+# %% ../nbs/16a_run_ledger.ipynb #12c8a11b
+def _is_lost(row: RunRow, settings: Settings) -> bool:
+    from make_us_rich.model_store import ModelReader
+
+    return row.state == "published" and ModelReader(settings.store_url).of_run(row.pair, row.interval, row.run_id) is None
 
 # %% ../nbs/16a_run_ledger.ipynb #b5bfb7f1
 def _account(ledger: RunLedger, plan: Planned, outcome: "Outcome", attempt: int, pause: float) -> "Outcome":
@@ -337,7 +347,15 @@ def run_card(row: RunRow) -> Table:
             text += " (not there any more)" if row.finished_at is not None else " (not there yet)"
         if text:
             table.add_row(column.key.replace("_", " "), escape(text))
+    if (page := page_of(row)) is not None:
+        table.add_row("page", escape(str(page)))
     return table
+
+
+def page_of(row: RunRow) -> Path | None:
+    "The HTML page beside a run's notebook, if it is on this machine."
+    page = Path(row.notebook or "none").with_suffix(".html")
+    return page if row.notebook and page.is_file() else None
 
 # %% ../nbs/16a_run_ledger.ipynb #0e9f23f5
 def follow_log(ledger: RunLedger, what: str, pause: float = 0.5) -> Iterator[str]:

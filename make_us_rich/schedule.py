@@ -45,6 +45,7 @@ from sqlalchemy import select
 from .alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, low_disk
 from .candles import Interval, Pair
 from .database import RunRow, connect, migrate, session
+from .pool import POOLED
 from .settings import Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso
 
 # %% ../nbs/17_schedule.ipynb #0fadb643
@@ -60,7 +61,7 @@ class Entry(BaseModel):
 
     pair: str
     interval: str = "1h"
-    recipe: str = "default"
+    recipe: str = "finetune"
     minutes: float | None = Field(default=None, ge=0, description="minutes after each close; 2 if neither this nor cron is given")
     cron: str | None = None
     history_days: int | None = Field(default=None, ge=1)
@@ -73,7 +74,7 @@ class Entry(BaseModel):
 
     @property
     def key(self) -> str:
-        "`BTC_USDT/1h/default`: there is one entry for each of these."
+        "`BTC_USDT/1h/finetune`: there is one entry for each of these."
         return f"{self.pair}/{self.interval}/{recipe_name(self.recipe)}"
 
 
@@ -110,10 +111,16 @@ def next_due(entry: Entry, after: pd.Timestamp) -> pd.Timestamp:
 # %% ../nbs/17_schedule.ipynb #783fa2c0
 @dataclass(frozen=True)
 class Plan:
-    "What the file says: the entries by key, and when the pooled model is trained (empty: never)."
+    "What the file says: the entries by key, and when the pooled network is trained (empty: never)."
 
     entries: dict[str, Entry]
     pretrain: str = PRETRAIN_CRON
+
+    @property
+    def all_entries(self) -> dict[str, Entry]:
+        "The entries, and before them the pooled network as one more."
+        pooled = Entry(pair=str(POOLED), recipe="pooled", cron=self.pretrain) if self.pretrain else None
+        return ({pooled.key: pooled} if pooled else {}) | self.entries
 
 
 def read_plan(text: str) -> Plan:
@@ -267,12 +274,19 @@ def obey(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    from make_us_rich.evidence import keep_page, warm_up
     from make_us_rich.run_ledger import RunLedger, run_recorded
+    from make_us_rich.runs import run_pretraining, start_warm
 
     entry = Entry(**order["entry"])
     more = {} if entry.history_days is None else {"history_days": entry.history_days}
     options: dict[str, Any] = {"notebook": Path(order["notebook"])} if order["notebook"] else {}
-    if order["runner"]:
+    if entry.pair == str(POOLED):
+        options |= {"run": run_pretraining, "pairs": order["pairs"]}
+    warm_up()
+    if not order["runner"]:
+        start_warm()
+    else:
         module, _, name = order["runner"].partition(":")
         options["run"] = getattr(__import__(module), name)
     ledger = RunLedger(connect(settings.db_url))
@@ -282,22 +296,7 @@ def _train(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     rows = [r for r in ledger.rows(entry.pair, limit=3) if r.run_id == outcome.run_id and r.retry_at is not None]
     retry_in = max(0.0, (rows[0].retry_at - system_clock()).total_seconds()) if rows and rows[0].retry_at is not None else None
-    page = _page(outcome.notebook, settings) if outcome.state != "skipped" else ""
-    return {"outcome": outcome.model_dump(), "retry_in": retry_in, "page": page}
-
-
-def _page(notebook: str, settings: Settings) -> str:
-    from make_us_rich.evidence import render_run
-
-    if not notebook or not Path(notebook).exists():
-        return ""
-    for left in Path(notebook).parent.glob("train*.html"):  # of an earlier attempt
-        left.unlink()
-    try:
-        return str(render_run(Path(notebook), settings))
-    except Exception as e:  # a page is an extra: without it the run is as good as with it
-        log.warning("%s", e if isinstance(e, StoreError) else f"the page of {notebook} could not be made: {type(e).__name__}: {e}")
-        return ""
+    return {"outcome": keep_page(outcome, settings).model_dump(), "retry_in": retry_in}
 
 # %% ../nbs/17_schedule.ipynb #6324d253
 def _migrate(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -319,29 +318,7 @@ def _tidy(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return {"folders": len(removed), "objects": len(models.clean(keep=100)), "rows": ledger_rows}
 
 
-def _pretrain(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    from make_us_rich.runs import _notebook_parameters, find_notebook, run_notebook
-
-    try:
-        notebook = find_notebook("run_pretrain.ipynb")
-    except SettingsError:
-        return {"skipped": "the pooled model was not trained: there is no run_pretrain.ipynb in this installation"}
-    output = settings.runs / "pooled" / f"{pd.Timestamp(order['now']):%Y-%m-%dT%H}" / "pretrain.ipynb"
-    result = output.parent / "result.json"
-    values = {"pairs": order["pairs"], "home": str(settings.home.absolute()), "models_url": settings.store_url, "exchange_url": settings.exchange_url}
-    values |= {"result_path": str(result.absolute())}
-    known = _notebook_parameters(notebook)
-    end = run_notebook(
-        notebook, output, {k: v for k, v in values.items() if k in known}, deadline=4 * settings.deadline, threads=settings.threads,
-        environment=settings.environment(),
-    )  # fmt: skip
-    if end.exit_class != "ok":
-        return {"error": f"the pooled model was not trained: {end.reason}", "again": False}
-    facts = json.loads(result.read_text()) if result.exists() else {}
-    return {"outcome": {"state": facts.get("state", "done"), "version": facts.get("version", ""), "reason": "; ".join(facts.get("reasons", []))}}
-
-
-ORDERS: dict[str, Callable[[dict[str, Any], Settings], dict[str, Any]]] = {"train": _train, "migrate": _migrate, "tidy": _tidy, "pretrain": _pretrain}
+ORDERS: dict[str, Callable[[dict[str, Any], Settings], dict[str, Any]]] = {"train": _train, "migrate": _migrate, "tidy": _tidy}
 
 # %% ../nbs/17_schedule.ipynb #2f3830f5
 class Worker:
@@ -475,7 +452,8 @@ def do_order(crew: Crew, worker: Worker, key: str) -> None:
     with crew._changed:
         crew.busy[key] = ("running", time.time())
     try:
-        answer = worker.ask(crew.make_order(key), crew.longest)
+        order = crew.make_order(key)
+        answer = worker.ask(order, order.get("longest", crew.longest))
     except Exception as e:  # the pair may just have been taken from the list
         answer = {"error": str(e), "again": False}
     with crew._changed:
@@ -634,7 +612,7 @@ class Schedule:
         if key == "migrate" and "revision" in answer and not self._ready:
             self._ready = True
             catch_up(self)
-        if wait is not None and not answer["once_more"] and not self._stopping and (key in self.plan.entries or key == "migrate"):
+        if wait is not None and not answer["once_more"] and not self._stopping and (key in self.plan.all_entries or key == "migrate"):
             self._later(key, slot, wait)
         return bool(answer["once_more"])
 
@@ -648,7 +626,7 @@ class Schedule:
         "Ask for a run of this entry now, unless it is queued or under way."
         if timer := self._timers.pop(key, None):
             timer.cancel()
-        if key in self.plan.entries or key in ("migrate", "tidy", "pretrain"):
+        if key in self.plan.all_entries or key in ("migrate", "tidy"):
             self.slots.setdefault(key, Slot()).retry_at = 0.0
             if not self.crew.ask(key) and key in self.crew.once_more:
                 log.warning("%s is due, and its last run is still under way; it follows at once, for the newest candle", key)
@@ -659,16 +637,16 @@ def make_order(schedule: Schedule, key: str) -> dict[str, Any]:
     order: dict[str, Any] = {"settings": schedule.settings.model_dump(mode="json"), "now": schedule.clock.now().isoformat()}
     if key in ("migrate", "tidy"):
         return order | {"do": key}
-    if key == "pretrain":
-        return order | {"do": key, "pairs": sorted({e.pair for e in schedule.plan.entries.values()})}
-    more = {"notebook": schedule.options.notebook, "runner": schedule.options.runner, "pause": schedule.options.pause}
-    return order | {"do": "train", "entry": schedule.plan.entries[key].model_dump()} | more
+    more: dict[str, Any] = {"pairs": sorted({e.pair for e in schedule.plan.entries.values() if e.interval == "1h"})}
+    more |= {"longest": 8 * schedule.settings.deadline + 300} if schedule.plan.all_entries[key].pair == str(POOLED) else {}
+    more |= {"notebook": schedule.options.notebook, "runner": schedule.options.runner, "pause": schedule.options.pause}
+    return order | {"do": "train", "entry": schedule.plan.all_entries[key].model_dump()} | more
 
 
 def catch_up(schedule: Schedule) -> None:
-    "Ask for a run of every entry for which one is missing: one each, whatever was missed."
+    "Ask for a run of every entry for which one is missing, the pooled network first: one each, whatever was missed."
     now = schedule.clock.now()
-    for key, entry in list(schedule.plan.entries.items()):
+    for key, entry in list(schedule.plan.all_entries.items()):
         try:
             newest = schedule.watch.newest(entry)
         except StoreError as e:
@@ -683,9 +661,7 @@ def catch_up(schedule: Schedule) -> None:
 def set_moments(schedule: Schedule) -> None:
     "Give APScheduler the moments of the plan in force, and only those."
     plan, clock = schedule.plan, schedule.clock
-    moments = dict(plan.entries)
-    for key, cron in (("tidy", TIDY_CRON), ("pretrain", plan.pretrain)):
-        moments |= {key: Entry(pair="BTC_USDT", cron=cron)} if cron else {}
+    moments = plan.all_entries | {"tidy": Entry(pair="BTC_USDT", cron=TIDY_CRON)}
     for job in schedule.jobs.get_jobs():
         if job.id not in moments and job.id != "look":
             job.remove()
@@ -710,7 +686,7 @@ def look_around(schedule: Schedule) -> None:
 def watched_entries(schedule: Schedule) -> list[Watched]:
     "What the alerts expect of the plan in force."
     now, since = schedule.clock.now(), schedule.since
-    return [Watched(e.pair, e.interval, recipe_name(e.recipe), how_often(e, now), since) for e in schedule.plan.entries.values()]
+    return [Watched(e.pair, e.interval, recipe_name(e.recipe), how_often(e, now), since) for e in schedule.plan.all_entries.values()]
 
 
 def find_problems(schedule: Schedule) -> list[Condition]:
@@ -777,7 +753,7 @@ def run_once(schedule: Schedule, timeout: float = 86_400) -> dict[str, Slot]:
         schedule.watch.look(watched_entries(schedule), schedule.clock, find_problems(schedule))
     finally:
         stop(schedule, 0)
-    return {key: schedule.slots.get(key, Slot()) for key in schedule.plan.entries}
+    return {key: schedule.slots.get(key, Slot()) for key in schedule.plan.all_entries}
 
 # %% ../nbs/17_schedule.ipynb #e52608ea
 def schedule_table(schedule: Schedule) -> Table:
@@ -788,7 +764,7 @@ def schedule_table(schedule: Schedule) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", caption=f"exchange time {utc_iso(now)}{away}{open_alerts}", caption_justify="left")
     for name in ("pair", "recipe", "next", "now", "last"):
         table.add_column(name, no_wrap=name != "last", overflow="fold")
-    for key, entry in schedule.plan.entries.items():
+    for key, entry in schedule.plan.all_entries.items():
         slot, doing = schedule.slots.get(key, Slot()), schedule.crew.busy.get(key)
         due = next_due(entry, now)
         work = f"{doing[0]} {time.time() - doing[1]:.0f} s" if doing else f"again in {slot.retry_at - time.time():.0f} s" if slot.retry_at > time.time() else ""

@@ -6,10 +6,11 @@
 __all__ = ['REFUSALS', 'WEIGHT_A_MINUTE', 'TRIAL', 'TRIAL_MEMORY', 'TRIAL_SECONDS', 'RETRY', 'LONG_AGO', 'Breaker', 'note_answer',
            'guard', 'running_clock', 'Market', 'try_model', 'Refused', 'build_model', 'pick_model', 'Event',
            'Subscription', 'Events', 'Answer', 'PairState', 'Parts', 'next_fetch', 'fetch_candles', 'read_candles_of',
-           'abstain_instead', 'compute_forecast', 'answer_hour', 'reliability_of', 'settle_and_judge', 'break_circuit',
-           'update_record', 'publish_page', 'look_for_model', 'swap', 'warm_up', 'keep_last_good', 'is_due', 'refresh',
-           'expire', 'turn', 'make_parts', 'find_pairs', 'pair_status', 'Service', 'record_of_pair', 'record_of_all',
-           'trouble', 'tell_trouble', 'service_status', 'run_tick', 'poll_models']
+           'abstain_instead', 'compute_forecast', 'answer_hour', 'pooled_versions', 'reliability_of',
+           'settle_and_judge', 'break_circuit', 'update_record', 'publish_page', 'look_for_model', 'goes_back', 'swap',
+           'warm_up', 'keep_last_good', 'is_due', 'refresh', 'expire', 'turn', 'make_parts', 'find_pairs',
+           'pair_status', 'Service', 'record_of_pair', 'record_of_all', 'trouble', 'tell_trouble', 'service_status',
+           'run_tick', 'poll_models']
 
 # %% ../nbs/12c_service.ipynb #0e78c551
 import hashlib
@@ -38,10 +39,11 @@ from .candle_store import CandleStore, Progress
 from .candles import COLUMNS, Interval, Pair
 from .database import connect, migrate, ping
 from .exchange import BinanceClient
-from .forecasting import GAP_ROWS, PATIENCE, WIDTH_ROWS, Forecast, OnnxModel, forecast_pair, reliability_sentence, serving_width
+from .forecasting import GAP_ROWS, PATIENCE, WIDTH_ROWS, Forecast, OnnxModel, forecast_pair, reliability_text, serving_width
 from .ledger import BASE_ROWS, HeldCandles, HeldModel, Ledger, RememberedModel, TrackRecord, as_forecast, base_prices, record_sentence
 from .model_store import UNUSABLE, Bundle, ModelStore, Pointer, load_bundle
 from .model_store import replace as put_object
+from .pool import POOLED, served_pairs, serving_champion
 from make_us_rich.settings import (
     Clock, ExchangeError, ForecastUnavailable, MakeUsRichError, Settings, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip
@@ -468,6 +470,7 @@ def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Ti
     ledger, model = parts.ledger, state.model
     version = model.manifest.version if model else ""
     allowed = {version, *(s.version for s in state.pointer.steps)} if state.pointer else {version}
+    allowed |= pooled_versions(parts, state)
     suspended = ledger.suspended(state.pair, state.interval, version) if version else ""
     row = None if suspended else ledger.issued(state.pair, hour, state.interval, allowed)
     if row is None:
@@ -483,11 +486,20 @@ def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Ti
     return as_forecast(row, parts.now, reliability_of(state))
 
 
+def pooled_versions(parts: Parts, state: PairState) -> set[str]:
+    "Versions of the pooled model: what it said about this hour before the pair got a model of its own stays."
+    try:
+        pointer = parts.store.champion(POOLED, state.interval)
+    except StoreError:
+        return set()
+    return {step.version for step in pointer.steps} if pointer else set()
+
+
 def reliability_of(state: PairState) -> str:
     "What the tests said about the model, and what the live record says about the pair."
     if state.model is None:
         return ""
-    tested = reliability_sentence(state.model.manifest.scores)
+    tested = reliability_text(state.pair, state.model.manifest)
     return tested if state.record is None else tested.replace("live record: none yet", record_sentence(state.record))
 
 # %% ../nbs/12c_service.ipynb #6f27a841
@@ -544,16 +556,16 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     "Follow the pointer: swap to another version if there is a usable one; trouble is remembered, and the serving version stays."
     store: ModelStore | None = parts.store
     try:
-        pointer = parts.store.champion(*state.name)
+        found = serving_champion(parts.store, *state.name)
         state.problems.pop("store", None)
     except StoreError as e:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
-        pointer = store.champion(*state.name) if store else None
-        pointer = pointer.model_copy(update={"seq": 1}) if pointer else None  # the copy counts for itself; any pointer of the store is newer
-    is_older = pointer is not None and state.pointer is not None and pointer.seq < state.pointer.seq
-    if store is None or pointer is None or is_older:
+        found = serving_champion(store, *state.name) if store else None
+        found = (found[0], found[1].model_copy(update={"seq": 1})) if found else None  # the copy counts for itself; any pointer of the store is newer
+    if store is None or found is None or goes_back(state, found[1]):
         return
+    pointer = found[1]
     try:
         model, bundle, problem = pick_model(store, pointer, state.model, state.refused, parts.now)
     except StoreError as e:
@@ -569,10 +581,20 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     state.pointer = pointer
 
 
+def goes_back(state: PairState, pointer: Pointer) -> bool:
+    "Whether this pointer is older than the known one, or that of the pooled model although the pair had its own."
+    if state.pointer is None:
+        return False
+    if pointer.pair != state.pointer.pair:
+        return pointer.pair != str(state.pair)
+    return pointer.seq < state.pointer.seq
+
+
 def swap(parts: Parts, state: PairState, model: RememberedModel, pointer: Pointer) -> None:
     "Let another model serve."
     old = state.model.manifest.version if state.model else ""
-    withdrawn = bool(old) and old not in [s.version for s in pointer.steps]
+    same = state.model is not None and state.model.manifest.pair == pointer.pair  # else the pair got its own model: nothing was withdrawn
+    withdrawn = same and old not in [s.version for s in pointer.steps]
     state.model, state.pointer = model, pointer
     state.force = state.force or withdrawn or state.answer is None or state.answer.forecast.status != "ok"
     told = {"from_version": old, "to_version": model.manifest.version, "reason": pointer.reason}
@@ -674,12 +696,12 @@ def make_parts(settings: Settings, engine: Engine, client: BinanceClient | None,
 
 
 def find_pairs(parts: Parts) -> tuple[set[tuple[str, str]], str]:
-    "Pairs and intervals with a champion, and what is wrong with the store."
+    "Pairs and intervals to serve, and what is wrong with the store: those with a model, and with a pooled model all whose candles are stored."
     try:
         found, problem = parts.store.pairs(), ""
     except StoreError as e:
         found, problem = parts.last_good.pairs() if parts.last_good else [], str(e)
-    return {(str(pair), str(interval)) for pair, interval in found}, problem
+    return set(served_pairs(found, parts.candles.root)), problem
 
 # %% ../nbs/12c_service.ipynb #4adc677d
 def pair_status(parts: Parts, state: PairState) -> dict[str, Any]:

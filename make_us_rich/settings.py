@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     runs: Path = Field(Path("runs"), description="folder of the executed notebooks")
     exchange_url: str = Field("https://data-api.binance.vision", pattern=r"^https?://\S+$", description="market data host, keyless")
     models_url: str = Field("", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models")
+    candles_url: str = Field("", pattern=r"^$|^\w+://.*$", description="shared copy of the candles for many hosts: s3://...; empty: each host fetches its own")
     database_url: str = Field("", pattern=r"^$|^(sqlite|postgres)\S*://.*$", repr=False, description="record and users; empty: <home>/mkrich.db (SQLite)")
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8750, ge=0, le=65_535, description="port of the API")

@@ -291,13 +291,13 @@ def make_loggers(folder: Path | None, name: str = "train") -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     for mode in wandb_modes():
         try:
-            os.environ.setdefault("WANDB_SILENT", "true")  # its notes on deprecated options are not for the reader of a report
+            os.environ.setdefault("WANDB_SILENT", "true")  # its notes are not for the reader of a report
             import wandb
 
             settings = wandb.Settings(mode=mode, init_timeout=5, finish_timeout=10, silent=True, console="off")
-            logger = WandbLogger(project=get_settings().wandb_project, name=name, save_dir=str(folder), log_model=False, settings=settings)
-            _ = logger.experiment  # starts it here, not in the middle of a training
-            return [*loggers, logger]
+            # begun here, not by Lightning: that would pass options which wandb calls deprecated, in the middle of a report
+            run = wandb.init(project=get_settings().wandb_project, name=name, dir=str(folder), settings=settings)
+            return [*loggers, WandbLogger(experiment=run, save_dir=str(folder), log_model=False)]
         except Exception as error:  # a tracker must never cost a training
             log.warning("wandb %s not used: %s", mode, type(error).__name__)
     return loggers

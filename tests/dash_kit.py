@@ -20,7 +20,7 @@ from tiny_model import PAIRS, sample
 from make_us_rich.api import create_app
 from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair
 from make_us_rich.dashboard import Running, start_dashboard
-from make_us_rich.database import ForecastRow, connect, migrate, session
+from make_us_rich.database import ForecastRow, RunRow, connect, migrate, session
 from make_us_rich.exchange import BinanceClient
 from make_us_rich.forecasting import Forecast
 from make_us_rich.ledger import ledger_row
@@ -98,13 +98,17 @@ class Stage:
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
+            if not self.thread.is_alive():
+                raise RuntimeError(f"the API did not start at {self.url}; is the port taken?")
             threading.Event().wait(0.01)
 
     def down(self) -> None:
         "Stop to answer."
         if self.server and self.thread:
             self.server.should_exit = True
-            self.thread.join(10)
+            self.thread.join(30)
+            if self.thread.is_alive():
+                raise RuntimeError("the API did not stop within 30 seconds")
 
 
 def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
@@ -122,8 +126,22 @@ def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
             service.parts.candles.update(BinanceClient(exchange.url), pair, "1h", rows=hours + 60)
     for pair in PAIRS:
         _fill(service, pair, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
+    _add_runs(engine, home, now)
     tokens = make_people(engine, now)
     return Stage(settings, engine, service, tokens, now, create_app(service, engine, settings, lambda: now, heartbeat=1.0))
+
+
+def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
+    "One run with its page, which made the model, and one that failed."
+    page = home / "runs" / "train.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!doctype html><title>run</title><h1>The executed notebook</h1><script>parent.bad = 1</script>")
+    plan = {"pair": "BTC_USDT", "interval": "1h", "cutoff": now.floor("h"), "recipe": "finetune", "recipe_hash": "0" * 16, "host": "here/1", "log": "", "attempts": 1}
+    facts = {"exit_class": "", "reason": "", "version": VERSION, "notebook": str(page.with_suffix(".ipynb")), "seconds": 11.7, "finished_at": now}
+    failed = {"exit_class": "no_space", "reason": "the disk of the store is full; free some room", "version": "", "notebook": ""}
+    with session(engine) as s:
+        s.add(RunRow(run_id="run", state="published", started_at=now - HOUR, **plan, **facts))
+        s.add(RunRow(run_id="run-2", state="failed", started_at=now, **plan, **facts | failed))
 
 
 def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.Timestamp) -> None:

@@ -1,25 +1,32 @@
 """Backtest, leak tests, and the second judgement of a stored model: what a notebook shows on good candles, here on bad ones and end to end."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from tiny_model import PAIRS, publish, sample
+from typer.testing import CliRunner
 
 from make_us_rich import backtest as module
-from make_us_rich.backtest import COLUMNS, backtest, contenders, findings, plan_blocks, plot_pit, sign_value, skill_table
+from make_us_rich.backtest import COLUMNS, Pool, backtest, contenders, findings, plan_blocks, plot_pit, sign_value, skill_table
 from make_us_rich.candle_store import CandleStore
 from make_us_rich.candles import SAMPLE_LABEL, fake_candles
 from make_us_rich.evaluation import HarT, gate, next_returns, scorable_rows
 from make_us_rich.exchange import BinanceClient
 from make_us_rich.leaktest import leaktest
+from make_us_rich.main import app
 from make_us_rich.model_store import ModelStore
 from make_us_rich.peers import PEERS
 from make_us_rich.recipe import load_recipe
 from make_us_rich.regate import regate
 from make_us_rich.replay import ReplayServer
-from make_us_rich.runs import find_notebook, run_notebook
 from make_us_rich.settings import CandleError, SettingsError, TrainingError
 from make_us_rich.training import prepare
 
@@ -128,14 +135,6 @@ def test_a_coin_earns_nothing_and_pays_fees():
     assert worth["low"] < 0.5 < worth["high"] and worth["net high"] < 0 and worth["needed"] > 0.55
 
 
-def test_the_run_notebook_runs_with_other_parameters(tmp_path):
-    sample("BTC_USDT").tail(2500).to_parquet(tmp_path / "candles.parquet")
-    parameters = {"models": ["EWMA-range"], "file": str(tmp_path / "candles.parquet"), "out": str(tmp_path / "kept"), "refit_every": "10D"}
-    end = run_notebook(find_notebook("run_backtest.ipynb"), tmp_path / "backtest.ipynb", parameters, deadline=300)
-    assert end.exit_class == "ok", (tmp_path / "log.txt").read_text()[-2000:]
-    assert len(list((tmp_path / "kept").rglob("*.parquet"))) == 3
-
-
 def test_leaktest_finds_a_scaling_by_the_whole_history():
     frame, recipe = sample("BTC_USDT").tail(3500).reset_index(drop=True), load_recipe("default", hidden_size=8)
 
@@ -175,3 +174,97 @@ def test_gate_compares_with_the_champion_hour_by_hour():
     check = next(check for check in verdict.checks if check.name == "not_worse")
     assert not check.passed and "keep the champion" in check.sentence
     assert "not_worse" not in [check.name for check in gate(MARKET, rows, har).checks]
+
+
+TINY_POOL = {"members": 1, "epochs": 1, "steps_per_epoch": 6, "batch_size": 8, "hidden_size": 8}
+
+
+def test_the_pool_knows_no_later_candle_of_any_pair():
+    "Every candle after the pre-training of every pair is another one: the same network, the same kept blocks, the same forecasts."
+    frames = {"AAA_USDT": MARKET, "BBB_USDT": fake_candles(2200, seed=29, start=MARKET.timestamp[0])}
+    recipe, since = load_recipe("pooled", **TINY_POOL), MARKET.timestamp[2050]
+    end = since.floor("28D") + pd.Timedelta("2D")
+    assert end < MARKET.timestamp[2190]
+    altered = {
+        name: frame.assign(close=frame.close.where(frame.timestamp < since.floor("28D"), frame.low)) for name, frame in frames.items()
+    }
+    pools = [Pool(found, recipe=recipe) for found in (frames, altered)]
+    contender = contenders(["pooled"], pool=pools[0])[0]
+    block = plan_blocks(MARKET, since)[0]
+    paths = [
+        module.block_path(tmp, contenders(["pooled"], pool=pool)[0], MARKET, block) for tmp, pool in ((Path(), pool) for pool in pools)
+    ]
+    assert paths[0] == paths[1]
+    Q = [module.forecast_block(contenders(["pooled"], pool=pool)[0], MARKET, block) for pool in pools]
+    np.testing.assert_array_equal(*Q)
+    assert contender.pool.network(since).cutoff < since
+    with pytest.raises(SettingsError, match="finetune learns from many pairs"):
+        contenders(["finetune"])
+
+
+def run_command(home, *args, **more):
+    "A command in a process of its own, as the shell starts it."
+    env = os.environ | {"MUR_HOME": f"{home}/store", "MUR_RUNS": f"{home}/runs", "MUR_EXCHANGE_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
+    return subprocess.Popen([sys.executable, "-c", "from make_us_rich.main import main; main()", *args], env=env | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # fmt: skip
+
+
+def test_ctrl_c_keeps_the_finished_blocks_and_the_same_command_goes_on(tmp_path):
+    sample("BTC_USDT").tail(2500).to_parquet(tmp_path / "candles.parquet")
+    asked = ["backtest", "BTC_USDT", "--file", str(tmp_path / "candles.parquet"), "--models", "HAR-t,EWMA-range", "--refit-every", "2D"]
+    kept = tmp_path / "runs" / "backtests" / "BTC_USDT" / "1h" / "forecasts"
+    first = run_command(tmp_path, *asked, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    deadline = time.monotonic() + 120
+    while len(list(kept.rglob("*.parquet"))) < 2 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode == 130 and "the same command goes on from there" in said
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*.parquet")}
+    assert 2 <= len(before) < 22
+    second = run_command(tmp_path, *asked)
+    shown, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(list(kept.rglob("*.parquet"))) == 22
+    assert "504 forecasts of 1h candles from 2023-12-11 to 2023-12-31, 11 refits." in shown and "EWMA-range: CRPS / base" in shown
+    page = Path(shown.rpartition("report: ")[2].strip())
+    assert page.suffix == ".html" and "HAR-t: CRPS / base" in page.read_text()
+
+
+def command(home, *args):
+    "Exit code and error text of a command in this process."
+    env = {"MUR_HOME": f"{home}/store", "MUR_RUNS": f"{home}/runs", "MUR_EXCHANGE_URL": "http://127.0.0.1:9"}
+    end = CliRunner().invoke(app, list(args), env=env)
+    return end.exit_code if isinstance(end.exception, SystemExit) else getattr(end.exception, "exit_code", end.exit_code), str(
+        end.exception or ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        ("backtest BTC_USDT --sample --models lsmt", 2, "did you mean 'lstm'"),
+        ("backtest BTC_USDT --sample --since 2023-12-01 --until 2023-11-01", 2, "give an earlier since"),
+        ("backtest BTC_USDT --sample --interval 4h", 2, "the embedded sample has 1h candles, not 4h"),
+        ("backtest BTC_USDT", 3, "fetch them with: mkrich candles BTC_USDT"),
+        ("backtest BTC_USDT --file {here}", 3, "cannot be read as candles"),
+        ("gate BTC_USDT", 3, "no model of BTC_USDT 1h is published yet"),
+        ("gate BTC_USDT --version abc", 1, "a version looks like 20231231T230000Z"),
+        ("leaktest BTC_USDT --sample --recipe finetune", 2, "leak tests train a quantile recipe from scratch"),
+        ("pretrain", 3, "there are no 1h candles to pool"),
+        ("pretrain --recipe original", 2, "take 'pooled' or a copy of it"),
+    ],
+)
+def test_wrong_lines_are_answered_before_any_work(tmp_path, line, code, text):
+    found = command(tmp_path, *line.format(here=__file__).split())
+    assert found[0] == code and text in found[1], found
+    assert not list(tmp_path.rglob("*.ipynb")) and not list(tmp_path.rglob("*.parquet"))
+
+
+def test_gate_by_command_judges_on_the_stored_candles_when_the_exchange_is_away(stores, tmp_path):
+    _, candles = stores
+    end = CliRunner().invoke(app, ["gate", PAIRS[0]], env={
+        "MUR_HOME": str(candles.root.parent), "MUR_RUNS": str(tmp_path), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"})  # fmt: skip
+    # the tiny model of these stores has learned from all there is: no verdict, but a sentence, and the exchange's absence is told
+    assert "judging on the stored candles" in end.stderr
+    assert "no later hour can be scored yet" in str(end.exception)

@@ -60,7 +60,30 @@ def test_train_publishes(trained, home):
 def test_again_is_skipped_and_one_bad_pair_stops_no_other(trained, exchange, home):
     done = mkrich("train", "NOSUCH_USDT", "btc/usdt", "--set", "members=1", home=home, url=exchange.url)
     assert done.returncode == 3 and done.stderr.count("mkrich: ") == 1 and "NOSUCH" in done.stderr
-    assert "BTC_USDT skipped 20231231T230000Z-" in done.stdout and "already published as" in done.stdout
+    assert "BTC_USDT skipped 20231231T230000Z-" in done.stdout and "no closed candle after 2023-12-31T23:00:00Z and the same recipe" in done.stdout
+    listed = mkrich("runs", home=home, COLUMNS="200").stdout.splitlines()[1:]
+    assert [line.split()[3] for line in listed] == ["NOSUCH_USDT", "BTC_USDT"] and "no_data: " in listed[0] and " published " in listed[1]
+
+
+def test_the_page_of_a_run(trained, home):
+    (page,) = (home / "runs" / "BTC_USDT").glob("*/train.html")
+    assert f"report: {page}" in trained.stdout
+    assert "<script" not in page.read_text() and "historical sample" in page.read_text()
+    network, har_t = (home / "store" / "models" / "BTC_USDT" / "1h").glob("*/run.html")  # the run published its fallback as well
+    assert network.read_bytes() == har_t.read_bytes() == page.read_bytes()
+    beside = network
+    assert json.loads((beside.parent / "manifest.json").read_text())["page"] == "run.html"
+    assert json.loads((page.parent / "outcome.json").read_text())["page"] == str(page)
+    shown = mkrich("runs", "--show", "BTC_USDT", home=home, COLUMNS="400")
+    assert str(page) in shown.stdout
+
+
+def test_a_database_that_cannot_be_used_is_one_sentence_and_no_run(exchange, tmp_path):
+    (tmp_path / "not a folder").write_text("")
+    url = f"sqlite:///{tmp_path}/not a folder/mkrich.db"
+    done = mkrich("train", "BTC_USDT", home=tmp_path, url=exchange.url, MUR_DATABASE_URL=url)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("mkrich: the database"), done.stderr
+    assert not (tmp_path / "runs" / "BTC_USDT").exists()
 
 
 def test_forecast_table(trained, exchange, home):
@@ -87,6 +110,11 @@ def test_forecast_json_agrees_with_the_notebook(trained, exchange, home):
 def test_models_and_rollback(trained, exchange, home):
     done = mkrich("models", home=home)
     assert done.returncode == 0 and "champion" in done.stdout and "passed" in done.stdout and "20231231T230000Z-" in done.stdout
+    assert "HAR-t" in done.stdout  # the fallback that the pair's first run publishes before its network
+    back = mkrich("rollback", "BTC_USDT", home=home)
+    assert back.returncode == 0 and "is served by 20231231T230000Z-" in back.stdout
+    shown = mkrich("forecast", "BTC_USDT", home=home, url=exchange.url)
+    assert shown.returncode == 0 and "It is the fallback HAR-t" in " ".join(shown.stdout.split())
     back = mkrich("rollback", "BTC_USDT", home=home)
     assert back.returncode == 1 and "no earlier champion" in back.stderr
 
@@ -160,12 +188,13 @@ def test_unexpected_error_and_debug(tmp_path):
         assert "unexpected ZeroDivisionError: division by zero; run again with --debug" in done.stderr
 
 
-def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys):
-    from make_us_rich import cli, runs
+def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
+    from make_us_rich import cli, run_ledger
 
     refused = Outcome(state="refused", exit_class="refused", reason="The 80 % range held 61.0 % of the hours", run_id="r", pair="BTC_USDT",
                       interval="1h", cutoff="", recipe="default")  # fmt: skip
-    monkeypatch.setattr(runs, "run_training", lambda *a, **k: refused)
+    monkeypatch.setattr(run_ledger, "run_recorded", lambda *a, **k: refused)
+    monkeypatch.setenv("MUR_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "BTC_USDT"])
     assert end.value.code == 4

@@ -1,12 +1,12 @@
 """The dashboard in a real browser: Debian's Chromium through Playwright, Voila as it is started for people, the real API behind it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import shutil
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from api_kit import PASSWORD
-from dash_kit import Stage, make_stage, page_server
+from dash_kit import HOUR, Stage, make_stage, page_server
 
 from make_us_rich.dashboard import Running
 from make_us_rich.settings import utc_iso
@@ -26,7 +26,7 @@ from make_us_rich.settings import utc_iso
 MISSING = "these tests need Chromium and found none; install it with: apt-get install chromium"
 CANDLES = ".mur-chart .boxlayer path"
 DRAWN = ".mur-chart[data-drawn] .boxlayer path"
-WAIT = 30_000
+WAIT = 90_000  # a slow machine with other work; nothing waits longer than it must
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +50,26 @@ def stage(tmp_path_factory) -> Iterator[Stage]:
     made.engine.dispose()
 
 
+PLACES: dict[str, int] = {}
+
+
 @pytest.fixture(scope="module")
 def local(stage) -> Iterator[Running]:
-    "A page server of local mode: the viewer is logged in, behind a secret address."
+    "A page server of local mode: the viewer is logged in, behind a secret address; who leaves without a word is forgotten soon."
     with page_server(stage, local=True, viewers=4, idle=5) as running:
+        PLACES[running.url] = 4
         yield running
 
 
 @pytest.fixture(scope="module")
 def public(stage) -> Iterator[Running]:
-    "A page server where people log in."
-    with page_server(stage, viewers=2, idle=5) as running:
+    "A page server where people log in; only who says goodbye is forgotten soon."
+    with page_server(stage, viewers=2, idle=600) as running:
+        PLACES[running.url] = 2
         yield running
+
+
+INSIDE = {"Forecast": "It is not advice to trade", "Track record": "The last 50 forecasts", "Account": "Your tokens", "Admin": "Health of the data"}
 
 
 @dataclass
@@ -82,12 +90,18 @@ class Viewer:
         self.until(f"document.body.innerText.includes({json.dumps(words)})", timeout)
 
     def tab(self, name: str) -> None:
+        "Turn to a view, and wait until what it asked for is there."
         self.page.get_by_role("button", name=name, exact=True).first.click()
+        self.until(f"[...document.querySelectorAll('.mur-nav button')].find(b => b.innerText === {json.dumps(name)}).classList.contains('mod-active')")
+        self.says(INSIDE[name])
 
 
 @contextmanager
-def viewer(browser, address: str, width: int = 1280, chart: bool = True, **options) -> Iterator[Viewer]:
+def viewer(browser, running: Running, width: int = 1280, chart: bool = True, **options) -> Iterator[Viewer]:
+    address = running.address
+    assert wait_for(lambda: kernels(running) < PLACES[running.url], 120), "no place became free"
     context = browser.new_context(viewport={"width": width, "height": 900}, **({"timezone_id": "Asia/Tokyo"} | options))
+    context.set_default_timeout(WAIT)
     seen = Viewer(context.new_page())
     here = urlsplit(address).netloc
     seen.page.on(
@@ -106,15 +120,22 @@ def viewer(browser, address: str, width: int = 1280, chart: bool = True, **optio
         context.close()
 
 
+def processes(running: Running) -> list[psutil.Process]:
+    "The viewers' processes; those that end while we look are left out."
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for p in psutil.Process(running.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if p.status() != psutil.STATUS_ZOMBIE and "ipykernel_launcher" in " ".join(p.cmdline()):
+                    found.append(p)
+    return found
+
+
 def kernels(running: Running) -> int:
-    return sum(
-        "ipykernel_launcher" in " ".join(p.cmdline())
-        for p in psutil.Process(running.process.pid).children(recursive=True)
-        if p.status() != psutil.STATUS_ZOMBIE
-    )
+    return len(processes(running))
 
 
-def wait_for(condition, seconds: float = 20) -> bool:
+def wait_for(condition, seconds: float = 90) -> bool:
     end = time.monotonic() + seconds
     while not (good := condition()) and time.monotonic() < end:
         time.sleep(0.2)
@@ -123,7 +144,7 @@ def wait_for(condition, seconds: float = 20) -> bool:
 
 def test_a_morning(browser, local, stage):
     "Everything drawn, both pairs, news without a reload, each tab; and two viewers do not see each other's choice."
-    with viewer(browser, local.address) as one, viewer(browser, local.address, timezone_id="UTC") as two:
+    with viewer(browser, local) as one, viewer(browser, local, timezone_id="UTC") as two:
         assert "token" not in one.page.url and stage.tokens["admin"] not in one.page.content()
         assert one.page.locator(CANDLES).count() == 120
         bars = one.page.locator(".mur-chart").first.evaluate("box => box.data.map(t => [t.name, t.x.length])")
@@ -140,36 +161,49 @@ def test_a_morning(browser, local, stage):
         one.page.locator("[data-pair=SOL_USDT]").click()
         one.until("document.querySelector('.mur-chart').getAttribute('aria-label').includes('SOL')")
         one.until("document.querySelector('.mur-chart').data.find(t => t.type === 'candlestick').close.at(-1) < 1000")
-        assert "SOL / USDT at" in one.text() and "BTC / USDT at" in two.text()
+        one.says("SOL / USDT at")
+        assert "BTC / USDT at" in two.text()
 
         stage.change(median=stage.forecast().median, sentence="news", reliability="a fresh word about reliability")
         two.says("a fresh word about reliability")
+        moved = round(stage.forecast().last_close * 1.01, 2)
+        two.tab("Account")  # a chart that nobody sees is drawn when it comes into view
+        stage.change(median=moved)
+        two.until("document.querySelector('.mur-rise')")
+        two.tab("Forecast")
+        two.until(f"document.querySelector('.mur-chart').data.find(t => t.name === 'median').y[0] === {moved}")
 
         one.tab("Track record")
         one.says("Why it is")
         one.until("document.querySelectorAll('.mur-scroll tbody tr').length >= 50")
         one.until("[...document.querySelectorAll('.mur-chart[data-drawn]')].filter(c => c.offsetParent).length === 2")
         assert "after fees" in one.text()
+        one.page.locator(".mur-link:visible").first.click()
+        frame = one.page.frame_locator("dialog iframe")
+        frame.get_by_role("heading", name="The executed notebook").wait_for()
+        assert one.page.evaluate("window.bad") is None  # nothing runs in a report
+        one.page.keyboard.press("Escape")
+        one.until("!document.querySelector('dialog')")
         one.tab("Account")
         one.says("calls of")
         one.tab("Admin")
         one.says("Health of the data")
         one.says("locked out")
+        one.says("the disk of the store is full")
 
 
 def test_phone(browser, local):
     "Nothing sticks out, and what may be pressed has a name."
-    with viewer(browser, local.address, width=420, color_scheme="light") as phone:
+    with viewer(browser, local, width=420, color_scheme="light") as phone:
         for tab in ("Forecast", "Track record", "Account", "Admin"):
             phone.tab(tab)
-            phone.page.wait_for_timeout(400)
             assert phone.page.evaluate("document.documentElement.scrollWidth") <= 420, tab
         unnamed = "[...document.querySelectorAll('.mur button, .mur input, .mur select')].filter(e => !(e.innerText || e.ariaLabel || e.labels?.length && e.labels[0].innerText)).map(e => e.outerHTML)"
         assert phone.page.evaluate(unnamed) == []
         assert phone.page.evaluate("document.documentElement.dataset.theme") == "light"
         phone.tab("Forecast")
         phone.page.get_by_role("button", name="dark or light colours").click()
-        assert phone.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(12, 16, 22)"
+        phone.until("getComputedStyle(document.body).backgroundColor === 'rgb(12, 16, 22)'")
         days = phone.page.locator(".mur-chart").first.evaluate(
             "box => (new Date(box.layout.xaxis.range[1]) - new Date(box.layout.xaxis.range[0])) / 864e5"
         )
@@ -193,10 +227,9 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_contrast(browser, local, scheme):
     "Every text has a contrast of 4.5 to 1 at least."
-    with viewer(browser, local.address, color_scheme=scheme) as one:
+    with viewer(browser, local, color_scheme=scheme) as one:
         for tab in ("Forecast", "Track record", "Account", "Admin"):
             one.tab(tab)
-            one.page.wait_for_timeout(300)
             assert one.page.evaluate(CONTRAST) == []
 
 
@@ -217,7 +250,7 @@ def test_abstention_and_markup(browser, local, stage):
         )
     )
     try:
-        with viewer(browser, local.address) as one:
+        with viewer(browser, local) as one:
             one.says("No forecast for this hour")
             assert evil in one.text() and one.page.evaluate("window.bad") is None
             names = one.page.locator(".mur-chart").first.evaluate("box => box.data.map(t => t.name)")
@@ -230,13 +263,9 @@ def test_abstention_and_markup(browser, local, stage):
 def test_stale(browser, local, stage):
     "Data older than it should be is called old."
     before = stage.forecast()
-    stage.change(
-        as_of=utc_iso(stage.now.floor("h") - 3 * (stage.now.floor("h") - stage.now.floor("h").replace(hour=(stage.now.hour - 1) % 24)))
-        if stage.now.hour > 3
-        else "2023-12-31T18:00:00Z"
-    )
+    stage.change(as_of=utc_iso(stage.now.floor("h") - 3 * HOUR))
     try:
-        with viewer(browser, local.address) as one:
+        with viewer(browser, local) as one:
             one.says("Old data")
     finally:
         stage.show(before)
@@ -244,7 +273,7 @@ def test_stale(browser, local, stage):
 
 def test_api_goes_away_and_returns(browser, local, stage):
     "The old picture stays, with the cause and the age of the data; later everything goes on without a reload."
-    with viewer(browser, local.address) as one:
+    with viewer(browser, local) as one:
         one.says("live")
         stage.down()
         try:
@@ -257,18 +286,32 @@ def test_api_goes_away_and_returns(browser, local, stage):
         one.says("live")
 
 
-def test_closed_tabs_free_their_process(browser, local):
-    "At once when the page says goodbye, after the quiet time when it could not."
-    assert wait_for(lambda: kernels(local) == 0, 60), "earlier tests' kernels are culled"
-    with viewer(browser, local.address) as one:
-        assert kernels(local) == 1
-        one.page.goto("about:blank")
-        assert wait_for(lambda: kernels(local) == 0, 8)
+def test_a_viewer_who_vanishes(browser, local, stage):
+    "A browser that dies says no goodbye: its process ends although news keep coming; and a page whose process is gone says so."
+    assert wait_for(lambda: kernels(local) == 0)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(local.address)
+    page.wait_for_selector(DRAWN, timeout=WAIT, state="attached")
+    [process] = processes(local)
+    context.close()  # this runs no goodbye
+    median = stage.forecast().median
+
+    def gone() -> bool:
+        stage.change(median=median + time.monotonic() % 1)
+        return not process.is_running()
+
+    assert wait_for(gone, 120), "two minutes later the process is still there"
+
+    with viewer(browser, local) as one:
+        one.says("live")
+        processes(local)[0].kill()
+        one.says("This page is cut off")
 
 
 def test_log_in(browser, public, stage):
     "A wrong password is a sentence, a right one the page; a token is made, shown once, and revoked."
-    with viewer(browser, public.address, chart=False) as one:
+    with viewer(browser, public, chart=False) as one:
         assert public.address == public.url
         one.says("Log in")
         fields = one.page.locator(".mur input:visible")
@@ -296,14 +339,23 @@ def test_log_in(browser, public, stage):
         one.page.get_by_role("button", name="Use token").click()
         one.says("not valid")
         assert PASSWORD not in one.page.content()
+        assert kernels(public) == 1
+    assert wait_for(lambda: kernels(public) == 0), "a closed tab frees its process, long before its quiet time is over"
 
 
-def test_limit(public):
-    "The third viewer of two gets a kind page, the others go on."
-    assert wait_for(lambda: kernels(public) == 0, 60)
-    answers = [httpx.get(public.address, timeout=60, trust_env=False) for _ in range(3)]
-    assert [a.status_code for a in answers] == [200, 200, 503]
-    assert "All places are taken" in answers[-1].text and "Traceback" not in answers[-1].text and "http" not in answers[-1].text
+def test_limit(browser, public):
+    "The third viewer of two gets a kind page; the others go on, and may reload; who only knocks does not hold a place for long."
+    with viewer(browser, public, chart=False) as one, viewer(browser, public, chart=False) as two:
+        one.says("Log in")
+        two.says("Log in")
+        refused = httpx.get(public.address, timeout=WAIT / 1000, trust_env=False)
+        assert refused.status_code == 503
+        assert "All places are taken" in refused.text and "Traceback" not in refused.text and "://" not in refused.text
+        one.page.reload()
+        one.says("Log in")
+    knocks = [httpx.get(public.address, timeout=WAIT / 1000, trust_env=False).status_code for _ in range(2)]
+    assert knocks[0] == 200
+    assert wait_for(lambda: httpx.get(public.address, timeout=WAIT / 1000, trust_env=False).status_code == 200, 120)
 
 
 def test_what_a_viewer_cannot_do(browser, local, stage):
@@ -395,11 +447,7 @@ def test_the_kernel_is_light(local):
 
     code = "import sys, make_us_rich.dashboard; print([m for m in ('pandas', 'numpy', 'torch', 'onnxruntime', 'plotly', 'pydantic', 'sqlalchemy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    with urllib.request.urlopen(local.address, timeout=60) as page:
-        page.read()
-        sizes = [
-            p.memory_info().rss / 2**20
-            for p in psutil.Process(local.process.pid).children(recursive=True)
-            if "ipykernel_launcher" in " ".join(p.cmdline())
-        ]
+    assert wait_for(lambda: kernels(local) < PLACES[local.url])
+    assert httpx.get(local.address, timeout=WAIT / 1000, trust_env=False, follow_redirects=True).status_code == 200
+    sizes = [p.memory_info().rss / 2**20 for p in processes(local)]
     assert sizes and max(sizes) < 130

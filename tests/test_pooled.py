@@ -1,6 +1,11 @@
 """The pooled network: same bytes with one thread and with two, no look past the cut-off, and the way through the store and back."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +21,9 @@ from make_us_rich.pool import POOLED, pooled_note, serving_champion
 from make_us_rich.pool_report import load_pooled, open_pooled
 from make_us_rich.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.recipe import load_recipe
-from make_us_rich.settings import LEVELS, StoreError, TrainingError
+from make_us_rich.replay import ReplayServer
+from make_us_rich.service import Service
+from make_us_rich.settings import LEVELS, StoreError, TrainingError, get_settings
 from make_us_rich.training import training_loop
 
 TINY = {"epochs": 2, "steps_per_epoch": 6, "batch_size": 8, "members": 2}
@@ -43,7 +50,7 @@ def manifest_of(pooled: Pooled, model: bytes, frame: pd.DataFrame, **changes: ob
         "pair": str(POOLED), "interval": "1h", "window": window, "columns": VALUE_COLUMNS, "levels": list(LEVELS),
         "recipe": pooled.recipe.model_dump(), "recipe_hash": pooled.recipe.hash, "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
         "data": DataSpan(source="synthetic", label="", first=first, last=last, rows=9, gaps=0, content_hash=""),
-        "cutoff": pooled.cutoff, "created_at": pooled.cutoff, "scores": [{"model": "all pairs"}, {}, {}], "verdict": {"passed": True},
+        "cutoff": pooled.cutoff, "created_at": pooled.cutoff, "scores": [{"model": "all pairs", "n": 1440, "crps/base": 0.98, "cov80": 0.8}, {}, {}], "verdict": {"passed": True},
         "golden": Golden.of(candles, times, quantiles[0], float(scale[0])), "libraries": {}, "git_revision": "",
     }  # fmt: skip
     return Manifest(**facts | changes)
@@ -139,6 +146,53 @@ def test_a_pair_without_history_is_served_at_once(frames, pooled):
     assert np.isfinite(quantiles).all() and (np.diff(quantiles[0]) >= 0).all()
     assert 0.9 < quantiles[0, 10] / new["close"].iloc[-1] < 1.1
     assert pooled_note("NEW_USDT", model.manifest).startswith("NEW_USDT has no model of its own yet")
+
+
+def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, pooled, tmp_path):
+    "From the command line and by the service; what it said stays on record, the pair's own champion takes over with the next candle."
+    new, hour, label = fake_candles(1_500, seed=9, start="2025-04-01"), pd.Timedelta("1h"), "synthetic candles"
+    closed = new["timestamp"].iloc[1_400]
+    store = ModelStore((tmp_path / "models").as_uri())
+    version = publish(store, pooled, frames["AAA_USDT"])
+    with ReplayServer({"NEW_USDT": new}, now=closed + pd.Timedelta("5s"), label=label) as server:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")}
+        environment |= {"MUR_HOME": str(tmp_path), "MUR_EXCHANGE_URL": server.url}
+        command = [str(Path(sys.executable).parent / "mkrich"), "forecast", "NEW_USDT", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        (told,) = json.loads(done.stdout)
+        assert (told["status"], told["model_version"]) == ("ok", version)
+        assert told["reliability"].startswith("NEW_USDT has no model of its own yet: it is served by the pooled one")
+
+        settings = get_settings(home=tmp_path, exchange_url=server.url, poll_seconds=5)
+        services = [Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start()]
+        service = services[0]
+        try:
+            assert list(service.states) == [("NEW_USDT", "1h")]  # found by its candles; the pooled model is no pair
+            first = service.answer("NEW_USDT").forecast
+            assert (first.status, first.model_version) == ("ok", version) and "the pooled one" in first.reliability
+            assert list(first.quantiles.values()) == pytest.approx(list(told["quantiles"].values()), rel=1e-12)
+
+            tuned = convert_model(finetune(frames["AAA_USDT"], pooled, FINE, progress=False).forecaster)
+            own = store.publish(manifest_of(pooled, tuned, new.iloc[:1_401], pair="NEW_USDT", run_id="own", scores=[]), tuned)
+            store.promote("NEW_USDT", "1h", own)
+            assert service.update_models() == 1
+            assert service.status()["pairs"][0]["model_version"] == own
+            assert service.answer("NEW_USDT").forecast == first  # nobody withdrew what was said about this hour
+            services.append(Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start())
+            assert services[1].answer("NEW_USDT").forecast.quantiles == first.quantiles  # nor does a restart
+            server.clock.set(closed + hour + pd.Timedelta("5s"))
+            service.tick()
+            second = service.answer("NEW_USDT").forecast
+            assert (second.status, second.model_version) == ("ok", own) and "pooled" not in second.reliability
+            done = service.ledger.verify("NEW_USDT", store, service.parts.candles)
+            assert (done.checked, done.unknown) == (2, 0)
+            store.objects.store.delete("NEW_USDT/1h/champion.json")  # its own pointer is lost: no silent way back to the pooled model
+            service.update_models()
+            assert service.status()["pairs"][0]["model_version"] == own
+        finally:
+            for each in services:
+                each.stop()
 
 
 def test_the_file_holds_numbers_and_no_code(pooled):

@@ -11,10 +11,11 @@ import nbformat
 import psutil
 import pytest
 
+from make_us_rich import runs
 from make_us_rich.candles import fake_candles
 from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import ReplayServer
-from make_us_rich.runs import run_training
+from make_us_rich.runs import run_training, start_warm
 from make_us_rich.settings import SettingsError, get_settings
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "small_run.ipynb"
@@ -78,6 +79,24 @@ def test_killed_kernel(settings):  # F27
     assert not versions(settings) and not list(settings.runs.rglob("*.part")) and not list(settings.runs.rglob("train.ipynb"))
     repaired = start(settings)  # the next start simply works, and no stale evidence is left
     assert repaired.state == "published" and not list(settings.runs.rglob("*.failed.ipynb"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="warm starts fork")
+def test_warm_start_tells_the_same_truth(settings, tmp_path):
+    start_warm()
+    try:
+        outcome = start(settings, "os.kill(os.getpid(), signal.SIGKILL)")
+        assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act") and kept(outcome)[1][-2:] == ["failed", "pending"]
+        late = start(get_settings(**settings.model_dump() | {"deadline": 20}), f"{RECORD_PID}; time.sleep(300)")
+        assert late.exit_class == "timeout" and not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+        nursery = runs._NURSERY[0]
+        assert wait_for(lambda: not psutil.Process(nursery._process.pid).children(recursive=True), 20)
+        nursery._process.kill()  # and without it a run starts the slow way
+        assert start(settings).state == "published" and not runs._NURSERY
+    finally:
+        for nursery in runs._NURSERY:
+            nursery.close()
+        runs._NURSERY.clear()
 
 
 def test_cell_raises(settings):  # F30

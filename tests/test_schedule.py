@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from servers import database_url, postgresql  # noqa: F401
 
 from make_us_rich.candles import fake_candles
 from make_us_rich.database import connect, migrate
-from make_us_rich.evidence import outside_requests
+from make_us_rich.evidence import keep_page, outside_requests
 from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import Faults, ReplayServer
 from make_us_rich.run_ledger import Planned, RunLedger, run_recorded
+from make_us_rich.runs import run_pretraining
 from make_us_rich.schedule import Options, Plan, PlanFile, Schedule, read_plan, run_once, start, stop
 from make_us_rich.settings import get_settings
 
@@ -34,6 +36,7 @@ from make_us_rich.runs import Outcome
 def run(pair, *, settings, interval, recipe, parameters, **_):
     now = BinanceClient(settings.exchange_url).now()
     plan = plan_run(pair, interval, recipe, {}, now, settings)
+    (settings.home / "planned").touch()
     time.sleep(float((settings.home / "seconds").read_text()) if (settings.home / "seconds").exists() else 0)
     cutoff = plan.cutoff.isoformat()
     facts = dict(run_id=plan.run_id, pair=pair, interval=interval, cutoff=cutoff, recipe=recipe, version="v" + cutoff)
@@ -105,10 +108,33 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
     assert (row.state, row.version, row.attempts, row.exit_class) == ("published", fine.version, 3, "ok")
     assert start_run().reason.startswith(f"nothing to do: no closed candle after {fine.cutoff} and the same recipe; that run was published")
 
-    from make_us_rich.schedule import _page
-
-    page = Path(_page(row.notebook, settings))
+    page = Path(keep_page(fine, settings).page)
     assert page.name == "train.html" and outside_requests(page.read_text()) == [] and "A small run" in page.read_text()
+    assert ModelStore(settings.store_url).page("BTC_USDT", "1h", fine.version) == page.read_bytes()
+
+
+def test_a_version_that_is_gone_is_made_again_when_a_person_asks(settings, ledger, exchange):
+    first = recorded(settings, ledger, exchange)
+    shutil.rmtree(settings.home / "models")
+    assert recorded(settings, ledger, exchange).state == "skipped"  # a schedule goes by its ledger
+    again = recorded(settings, ledger, exchange, again=True)
+    assert (again.state, ledger.find(first.run_id).attempts, ledger.find(first.run_id).version) == ("published", 2, again.version)
+
+
+def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
+    said = []
+    act = "read = CandleStore.read; CandleStore.read = lambda self, pair, *a, **k: read(self, 'BTC_USDT', *a, **k)"
+    pooled = recorded(settings, ledger, exchange, "POOLED_ALL", recipe="pooled", run=run_pretraining, on_wait=said.append,
+                      parameters={"pair": "POOLED_ALL", "act": act}, pairs=["BTC_USDT", "GONE_USDT"])  # fmt: skip
+    row = ledger.find(pooled.run_id)
+    assert (row.pair, row.recipe, row.state, row.version) == ("POOLED_ALL", "pooled", "published", pooled.version)
+    assert ModelStore(settings.store_url).champion("POOLED_ALL", "1h").version == row.version
+    assert len(said) == 1 and said[0].startswith("GONE_USDT is not up to date for the pooled run: ")
+    assert (settings.candles_dir / "BTC_USDT" / "1h.parquet").exists()
+    plan = read_plan("- ETH_USDT")
+    slots = run_once(Schedule(settings, plan, Options(jobs=1, runner="stand_in:run")))
+    assert list(slots) == ["POOLED_ALL/1h/pooled", "ETH_USDT/1h/finetune"]
+    assert [slot.state for slot in slots.values()] == ["skipped", "published"]  # once a week is enough for the first
 
 
 def test_wrong_input_before_a_kernel_is_an_account_too(settings, ledger, exchange):
@@ -140,7 +166,7 @@ def test_two_machines_one_run(database_url):  # noqa: F811
     ledger = RunLedger(engine, lambda: noon)
     assert [ledger.begin(plan), ledger.begin(plan)] == [1, None]
     ledger.finish(plan.run_id, "refused", reason="why")
-    assert [ledger.begin(plan), ledger.begin(plan, again=True)] == [None, 2]
+    assert [ledger.begin(plan), ledger.begin(plan, again=["refused"])] == [None, 2]
     ledger.finish(plan.run_id, "published", version="v")
     ledger.finish(plan.run_id, "failed")
     (row,) = ledger.rows(pair="BTC_USDT", state="published", since=noon)
@@ -169,12 +195,12 @@ def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings
     schedule = Schedule(settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=0.3, runner="stand_in:run"))
     start(schedule)
     try:
-        assert wait_for(lambda: len(ledger.rows(state="running")) == 1)
+        assert wait_for(lambda: len(ledger.rows(state="running")) == 1 and (settings.home / "planned").exists())
         for _ in range(5):  # five hours pass in two seconds
             exchange.clock.advance("1h")
             time.sleep(0.4)
         assert len(ledger.rows(state="running")) == 1
-        assert "retrain/BTC_USDT/1h/default" in schedule.watch.alerts.open
+        assert "retrain/BTC_USDT/1h/finetune" in schedule.watch.alerts.open
         newest = exchange.clock.now().floor("h")
         assert wait_for(lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()))
         assert len(ledger.rows()) == 2, [(r.cutoff, r.state) for r in ledger.rows()]
@@ -212,13 +238,13 @@ def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_pa
     schedule = Schedule(settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=0.3, runner="stand_in:run"))
     start(schedule)
     try:
-        assert wait_for(lambda: schedule.slots.get("BTC_USDT/1h/default") and schedule.slots["BTC_USDT/1h/default"].state == "published")
+        assert wait_for(lambda: schedule.slots.get("BTC_USDT/1h/finetune") and schedule.slots["BTC_USDT/1h/finetune"].state == "published")
         (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT, {pair: ETH_USDT, minuts: 2}]\n")
         assert wait_for(lambda: "plan/file" in schedule.watch.alerts.open, 15)
         assert "did you mean minutes?" in schedule.watch.alerts.open["plan/file"].text
         (tmp_path / "pairs.yaml").write_text("pairs: [ETH_USDT, {pair: BTC_USDT, recipe: nonsense}]\npretrain: false\n")
-        assert wait_for(lambda: schedule.slots.get("ETH_USDT/1h/default") and schedule.slots["ETH_USDT/1h/default"].state == "published")
+        assert wait_for(lambda: schedule.slots.get("ETH_USDT/1h/finetune") and schedule.slots["ETH_USDT/1h/finetune"].state == "published")
         assert wait_for(lambda: list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"], 20)
-        assert {job.id for job in schedule.jobs.get_jobs()} == {"look", "tidy", "ETH_USDT/1h/default", "BTC_USDT/1h/nonsense"}
+        assert {job.id for job in schedule.jobs.get_jobs()} == {"look", "tidy", "ETH_USDT/1h/finetune", "BTC_USDT/1h/nonsense"}
     finally:
         stop(schedule)

@@ -41,6 +41,7 @@ function acts(event) {
     theme(root.dataset.theme === "dark" ? "light" : "dark");
     try { localStorage.setItem("mur-theme", root.dataset.theme); } catch { /* private window */ }
   }
+  if (button.dataset.act === "run") window.dispatchEvent(new CustomEvent("mur-run", { detail: button.dataset.run }));
   if (button.dataset.act === "copy") {
     const text = button.parentElement.querySelector("code").textContent;
     const done = () => { button.textContent = "copied"; setTimeout(() => (button.textContent = "copy"), 1500); };
@@ -57,9 +58,57 @@ function name(root) {
   for (const field of root.querySelectorAll(".mur input[type=password]:not([autocomplete])")) field.autocomplete = "current-password";
 }
 
+// The process behind the page is gone: say so, and how to get a new one.
+function lost(gone) {
+  let note = document.getElementById("mur-lost");
+  if (!gone) return note?.remove();
+  if (note) return;
+  note = part("div", "mur-banner mur-error");
+  note.id = "mur-lost";
+  note.setAttribute("role", "alert");
+  const button = part("button", "mur-icon", "Reload the page");
+  button.type = "button";
+  button.onclick = () => location.reload();
+  note.append(part("b", "", "This page is cut off"), part("span", "", "What it shows will not change any more, because its connection to the server is lost. "), button);
+  document.querySelector(".mur")?.prepend(note);
+}
+
+// The executed notebook of a run: a page without scripts, in a frame that could not run any.
+function report({ title, problem }, page) {
+  const box = part("dialog", "mur-report"), head = part("div", "mur-report-head"), close = part("button", "mur-icon", "Close");
+  box.setAttribute("aria-label", title);
+  close.type = "button";
+  close.onclick = () => box.close();
+  head.append(part("b", "", title), close);
+  box.append(head);
+  if (problem) box.append(part("p", "", problem));
+  else {
+    const frame = part("iframe", "");
+    frame.setAttribute("sandbox", "");
+    frame.title = title;
+    frame.srcdoc = new TextDecoder().decode(page);
+    box.append(frame);
+  }
+  box.addEventListener("close", () => box.remove());
+  (document.querySelector(".mur") || document.body).append(box);
+  box.showModal();
+}
+
 function live({ model, el }) {
   theme();
-  const ping = () => model.send({ type: "ping", visible: document.visibilityState === "visible" });
+  let sent = 0, silent = 0;  // heartbeats without an answer, counted while the page is looked at
+  model.on("msg:custom", (message, buffers) => {
+    if (message.type === "pong") { silent = 0; lost(false); }
+    if (message.type === "report") report(message, buffers[0]);
+  });
+  const open = (event) => model.send({ type: "run", run: event.detail });
+  window.addEventListener("mur-run", open);
+  const ping = () => {
+    const visible = document.visibilityState === "visible";
+    if (visible && ++silent > 5 && Date.now() - sent < 8000) lost(true);
+    sent = Date.now();
+    try { model.send({ type: "ping", visible }); } catch { /* no connection: the next one may have it */ }
+  };
   const look = () => { freshen(document); name(document); };
   const seen = new MutationObserver(look);
   seen.observe(document.body, { childList: true, subtree: true });
@@ -68,7 +117,7 @@ function live({ model, el }) {
   if (!window.murActs) { window.murActs = true; document.addEventListener("click", acts); }
   el.dataset.live = "1";
   ping(); look();
-  return () => { clearInterval(beat); clearInterval(tick); seen.disconnect(); document.removeEventListener("visibilitychange", ping); };
+  return () => { clearInterval(beat); clearInterval(tick); seen.disconnect(); document.removeEventListener("visibilitychange", ping); window.removeEventListener("mur-run", open); };
 }
 
 // Plotly itself: already in the page, a file beside the template, or asked of the kernel (JupyterLab).
@@ -119,19 +168,21 @@ async function chart({ model, el }) {
   box.setAttribute("role", "img");
   el.append(box);
   const Plotly = await plotly(model);
-  let narrow, queue = Promise.resolve();
+  let narrow, late = false, queue = Promise.resolve();
   const draw = () => (queue = queue.then(async () => {
     const figure = model.get("figure");
-    if (!figure.data || !box.clientWidth) return;
+    late = !box.clientWidth;  // nobody sees it now: it is drawn when it comes into view
+    if (!figure.data || late) return;
     narrow = box.clientWidth < 600;
     const { data, layout } = shown(figure, model.get("palette"), narrow);
     box.setAttribute("aria-label", model.get("label"));
     await Plotly.react(box, data, layout, { displaylogo: false, displayModeBar: false, responsive: false, doubleClick: "reset", showTips: false });
     box.dataset.drawn = 1 + Number(box.dataset.drawn || 0);
-  }));
+  }).catch((error) => console.error("the chart could not be drawn", error)));
   const size = new ResizeObserver(() => {
-    if (narrow !== box.clientWidth < 600) draw();
-    else if (box.clientWidth) queue = queue.then(() => Plotly.Plots.resize(box));
+    if (!box.clientWidth) return;
+    if (late || narrow !== box.clientWidth < 600) draw();
+    else queue = queue.then(() => Plotly.Plots.resize(box)).catch(() => {});
   });
   model.on("change:figure", draw);
   window.addEventListener("mur-theme", draw);
