@@ -42,7 +42,9 @@ setuptools.setup(
     python_requires=f">={cfg['min_python']}",
     packages=setuptools.find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={
-        cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*", "dashboard_template/**", "engine/*.py"],
+        cfg["lib_path"]: [
+            "py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*", "dashboard_template/**", "engine/*.py",
+        ],
     },
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in EXTRAS},
