@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fleet test check notebooks lint types export readme text lab hooks lock bench clean screenshots
+.PHONY: help demo up fleet test check notebooks lint types export readme text lab hooks lock bench clean screenshots
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ $(VENV)/.dev: requirements/dev.txt requirements/torch.txt setup.py settings.ini 
 
 demo: $(VENV)/.train  ## Train and forecast one pair on the embedded sample, offline, and show the result
 	$(BIN)/mkrich demo
+
+up: $(VENV)/.dev  ## Everything in the browser, offline: replay exchange, schedule, API and dashboard, until Ctrl-C
+	$(BIN)/mkrich up --demo
 
 FLEET := .venv-prefect
 $(FLEET)/.ready: requirements/prefect.txt requirements/s3.txt

@@ -21,6 +21,7 @@ def render() -> dict[Path, bytes]:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     body, resources = MarkdownExporter().from_notebook_node(nb)
+    body = body.replace("](../", "](")  # README.md stands one folder higher
     made = {}
     for number, (name, picture) in enumerate(sorted(resources["outputs"].items()), 1):
         made[IMAGES / f"readme-{number}.png"] = picture
