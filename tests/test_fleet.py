@@ -138,7 +138,7 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path, s3, database):  # noqa: F811
+def fleet(tmp_path, s3, database, postgresql):  # noqa: F811
     sample = {"BTC_USDT": load_sample("BTC_USDT"), "SOL_USDT": load_sample("SOL_USDT")}
     dates = sample["BTC_USDT"].tail(9500).reset_index(drop=True)
     frames = {}
@@ -150,7 +150,7 @@ def fleet(tmp_path, s3, database):  # noqa: F811
         ours = {"MUR_EXCHANGE_URL": exchange.url, "MUR_DATABASE_URL": database, "MUR_MODELS_URL": (models := s3.new_store("models"))}
         ours |= {"MUR_CANDLES_URL": models.replace("/models", "/candles"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         fleet = Fleet(tmp_path, clean | s3.environment | ours)
-        fleet.exchange = exchange
+        fleet.exchange, fleet.database = exchange, postgresql.new_database().replace("postgresql://", "postgresql+asyncpg://")
         try:
             yield fleet
         finally:
@@ -169,7 +169,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     away = command(fleet, "deploy-schedule", "BTC_USDT", "--server", fleet.api)
     assert away.returncode == 2 and f"{fleet.api} does not answer; start one with `mkrich fleet server`" in away.stderr
 
-    fleet.start("server", "fleet", "server", "--port", fleet.api.rpartition(":")[2].partition("/")[0])
+    fleet.start("server", "fleet", "server", "--port", fleet.api.rpartition(":")[2].partition("/")[0], "--database", fleet.database)
     try:
         wait_for(fleet.is_up, 120, "the Prefect server")
     except AssertionError as e:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,13 +19,16 @@ spec.loader.exec_module(check)
 
 @pytest.mark.parametrize("path", check.notebooks(), ids=lambda p: p.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
-    environment = dict(os.environ)
+    environment, root = dict(os.environ), logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     monkeypatch.setattr(sys, "argv", ["pytest"])
     try:
         assert run_notebook(path, skip_flags={"slow", "network"}, basepath=ROOT)[0]
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        root.setLevel(level)  # a notebook sets up the logging of a server
+        root.handlers[:] = handlers
 
 
 @pytest.fixture
