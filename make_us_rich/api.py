@@ -200,6 +200,8 @@ class Metrics:
         self.quota_refused = prometheus.Counter("mur_quota_refused", "Calls refused because a month's calls were used up.", **made)
         self.model_age = prometheus.Gauge("mur_model_age_seconds", "Age of a model's newest candle.", ["pair"], **made, multiprocess_mode="mostrecent")
         self.candle_lag = prometheus.Gauge("mur_candle_lag_seconds", "Time since the forecast's last close.", ["pair"], **made, multiprocess_mode="mostrecent")
+        fine = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+        self.inference = prometheus.Histogram("mur_inference_seconds", "Time of the model for one forecast.", ["pair"], **made, buckets=fine)
         self._known: dict[tuple[str, int], prometheus.Histogram] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -566,7 +568,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     api: Api = app.state.api
     api.streams.loop = asyncio.get_running_loop()
     _first_at_signals(api.streams.close)
-    reader = api.service.subscribe(wake=lambda: _pass_on(reader, api.streams))
+    reader = api.service.subscribe(wake=lambda: _pass_on(reader, api))
     threading.Thread(target=_work, args=(api.service,), name="service", daemon=True).start()
     try:
         yield
@@ -577,9 +579,12 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(end.join, 2)
 
 
-def _pass_on(reader: Subscription, streams: Streams) -> None:
+def _pass_on(reader: Subscription, api: Api) -> None:
     while event := reader.get(0):
-        streams.publish(event)
+        api.streams.publish(event)
+        state = api.states.get(event.pair)
+        if event.kind == "forecast" and state and state.model:
+            api.metrics.inference.labels(event.pair).observe(state.model.seconds)
 
 
 def _work(service: Service) -> None:

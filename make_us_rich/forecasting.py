@@ -9,6 +9,7 @@ __all__ = ['GAP_ROWS', 'PATIENCE', 'WIDTH_ROWS', 'open_session', 'OnnxModel', 'M
 
 # %% ../nbs/12_forecasting.ipynb #40425c85
 import os
+import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -60,7 +61,9 @@ class OnnxModel:
     def predict(self, candles: np.ndarray, open_time: np.ndarray, width: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         "Candles [B, window, 9] float64 and open times [B, window] int64 ms -> quantiles [B, 21] in prices, scale [B]."
         feed = {"candles": candles, "open_time": open_time, "width": np.full(len(candles), width, dtype=np.float64)}
+        start = time.perf_counter()
         quantiles, scale = self.session.run(None, feed)
+        self.seconds = time.perf_counter() - start  # of the newest call, for whoever watches the service
         return quantiles, scale
 
     def _check_golden(self) -> None:

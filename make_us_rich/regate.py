@@ -86,7 +86,8 @@ def regate(
     name, step = Pair.parse(pair), Interval.parse(interval)
     pointer = store.champion(name, step)
     if pointer is None and version is None:
-        raise ForecastUnavailable(f"no model of {name} {step} is published yet; train one with `mkrich train {name}`", "no_model")
+        pooled = " (the pooled one serves it)" if serving_champion(store, name, step) else ""
+        raise ForecastUnavailable(f"no model of {name} {step} is published yet{pooled}; train one with `mkrich train {name}`", "no_model")
     model = OnnxModel(store.load(name, step, version))
     other = OnnxModel(store.load(name, step)) if pointer and pointer.version != model.manifest.version else None
     frame = candles.read(name, step)

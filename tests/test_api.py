@@ -550,6 +550,7 @@ def test_from_a_published_model_to_a_client(tmp_path):
             assert client.rollback("BTC_USDT", "too narrow") == first
             assert client.update_models() == ["BTC_USDT"]
             assert (len(exchange.calls), client.me()["used"]) == (calls, used + 2)  # the stream and the forecast; no exchange call
+            assert 'mur_inference_seconds_count{pair="BTC_USDT"}' in httpx.get(f"{server.url}/metrics").text
             client.close()
             assert server.stop() == 0
     engine = connect(f"sqlite:///{home / 'mkrich.db'}")

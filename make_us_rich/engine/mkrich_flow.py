@@ -9,8 +9,9 @@ import os
 import subprocess
 
 from prefect import flow, get_client, runtime
-from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Completed, Crashed, Failed
 
 OPEN = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
@@ -32,6 +33,14 @@ def train(key: str, entry: dict, pairs: list):
     code, outcome = mkrich("train", "--ticket", runtime.flow_run.id, told={"entry": entry, "pairs": pairs})
     message = f"{outcome.get('state', WORDS.get(code, 'failed'))}: {outcome.get('version') or ''} {outcome.get('reason') or ''}".strip()
     return Completed(message=message, name="Completed" if code == 0 else "Refused") if code in (0, 4) else Failed(message=message)
+
+
+async def newest_crash(client, deployment):
+    "Id of the newest crashed run of a deployment: a run that died before it reached the ledger has the same ticket as its successor."
+    lost = FlowRunFilter(state={"type": {"any_": [StateType.CRASHED]}})
+    of_it = DeploymentFilter(id={"any_": [deployment]})
+    found = await client.read_flow_runs(deployment_filter=of_it, flow_run_filter=lost, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
+    return found[0].id if found else ""
 
 
 @flow(name="mkrich-sweep", flow_run_name="sweep", retries=0)
@@ -57,5 +66,6 @@ async def sweep(pairs: list, pretrain: str = "", grace: float = 60):
         for wanted in answer["wanted"]:
             deployment = await client.read_deployment_by_name(f"mkrich-train/{wanted['key'].replace('/', '.')}")
             if deployment.id not in busy:
-                await client.create_flow_run_from_deployment(deployment.id, idempotency_key=wanted["ticket"])
+                key = f"{wanted['ticket']}/{await newest_crash(client, deployment.id)}"
+                await client.create_flow_run_from_deployment(deployment.id, idempotency_key=key)
         return Completed(message=f"{len(answer['wanted'])} wanted, {len(crashed)} dead")
