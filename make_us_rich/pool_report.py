@@ -277,7 +277,7 @@ def load_pooled(store: ModelStore, interval: str | Interval = "1h", before: pd.T
 # %% ../nbs/12aa_pool_report.ipynb #e6e6d1f4
 def train_pair(run: Run, progress: bool = False) -> TrainResult:
     "Train the run's pair as its recipe says: from scratch, or from the newest pooled network that has not seen the test span."
-    facts: dict[str, Any] = {"interval": run.interval, "logger_dir": run.log_dir, "progress": progress, "run_name": run.run_id}
+    facts: dict[str, Any] = {"interval": run.interval, "logger_dir": run.log_dir, "progress": progress, "run_name": run.run_id, "track": False}  # tracked as a whole at its end
     if run.recipe.start == "scratch":
         return training_loop(run.frame, run.recipe, **facts)
     pooled = load_pooled(run.models, run.interval, before=first_test_candle(run.frame, run.recipe))

@@ -219,11 +219,11 @@ def _loss(recipe: Recipe, network: nn.Module, batches: Iterable[Batch]) -> float
 # %% ../nbs/07a_pooled.ipynb #15a1c75d
 def finetune(
     frame: pd.DataFrame, pooled: Pooled | None, recipe: Recipe, *, interval: str | Interval = "1h", logger_dir: Path | None = None,
-    progress: bool = True, run_name: str | None = None,
+    progress: bool = True, run_name: str | None = None, track: bool = True,
 ) -> TrainResult:  # fmt: skip
     "A pooled network after a few steps on one pair's history; without one, the default recipe from scratch."
     if pooled is None:
-        return training_loop(frame, load_recipe("default"), interval=interval, logger_dir=logger_dir, progress=progress, run_name=run_name)
+        return training_loop(frame, load_recipe("default"), interval=interval, logger_dir=logger_dir, progress=progress, run_name=run_name, track=track)
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:

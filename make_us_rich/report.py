@@ -39,7 +39,7 @@ from .model_store import DataSpan, Golden, Manifest, ModelStore
 from .regate import champion_returns
 from .replay import ReplayServer
 from .settings import LEVELS, CandleError, Settings, StoreError, get_settings, system_clock, utc_iso, write_atomic
-from .training import Recipe, TrainResult, load_recipe
+from .training import Recipe, TrainResult, load_recipe, track_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -275,7 +275,24 @@ def publish_or_refuse(
         publication = Publication("published", [problem] if problem else [], published, not problem, backup)
     facts = {"run_id": run.run_id} | dataclasses.asdict(publication)
     write_atomic(run.result_path, json.dumps(facts, indent=1).encode())
+    _track(run, result, model, span.scores, verdict, publication)
     return publication
+
+
+def _track(run: Run, result: TrainResult, model: bytes, scores: Scores, verdict: Verdict, publication: Publication) -> None:
+    "The whole run as one run of Weights & Biases, if that is on; what was published as its artefact."
+    config = result.recipe.model_dump() | {
+        "pair": str(run.pair), "interval": str(run.interval), "cutoff": utc_iso(run.cutoff), "run_id": run.run_id, "recipe_hash": result.recipe.hash,
+        "candles": len(run.frame), "source": run.source, "libraries": _libraries(), "git_revision": _git_revision(),
+    }  # fmt: skip
+    summary: dict[str, Any] = {f"{name}/{model_name}": value for model_name, row in scores.table.iterrows() for name, value in row.items() if isinstance(value, float)}
+    summary |= {"state": publication.state, "version": publication.version, "reasons": publication.reasons, "cpu_seconds": result.cpu_seconds}
+    summary |= {f"gate/{check.name}": check.passed for check in verdict.checks}
+    bundle = {}
+    if publication.version:
+        manifest = run.models.load(run.pair, run.interval, publication.version).manifest
+        bundle = {"model.onnx": model, "manifest.json": manifest.model_dump_json(indent=1).encode()}
+    track_run(run.log_dir, run.run_id, config, result.history, summary, bundle)
 
 
 def _promote(run: Run, version: str, reason: str) -> str:

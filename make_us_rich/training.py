@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Batch', 'chunk_starts', 'ChunkBatches', 'TrainingData', 'dense_rows', 'prepare', 'dense_batches', 'window_batches',
            'CandleDataModule', 'build_network', 'batch_loss', 'make_optimizer', 'follow', 'PricePredictor', 'Curve',
-           'wandb_modes', 'make_loggers', 'close_loggers', 'fit_member', 'quiet', 'training_bar', 'held_out_shrink',
-           'TrainResult', 'training_loop', 'plot_history', 'Recipe', 'load_recipe']
+           'wandb_modes', 'start_wandb', 'make_loggers', 'close_loggers', 'end_wandb', 'track_run', 'fit_member',
+           'quiet', 'training_bar', 'held_out_shrink', 'TrainResult', 'training_loop', 'plot_history', 'Recipe',
+           'load_recipe']
 
 # %% ../nbs/07_training.ipynb #05416e52
 import contextlib
@@ -283,21 +284,25 @@ def wandb_modes() -> list[str]:
     return ["online", "offline"] if known else ["offline"]
 
 # %% ../nbs/07_training.ipynb #952ae68e
-def make_loggers(folder: Path | None, name: str = "train") -> list[Logger]:
-    "A CSV logger in `folder`, and Weights & Biases if it starts within five seconds; none without a folder."
+def start_wandb(mode: str, folder: Path, name: str, config: dict[str, Any] | None = None) -> Any:
+    "A new run of Weights & Biases, on disk in `folder`."
+    os.environ.setdefault("WANDB_SILENT", "true")  # its notes are not for the reader of a report
+    import wandb
+
+    settings = wandb.Settings(mode=mode, init_timeout=5, finish_timeout=10, silent=True, console="off")
+    # begun here, not by Lightning: that would pass options which wandb calls deprecated, in the middle of a report
+    return wandb.init(project=get_settings().wandb_project, name=name, dir=str(folder), config=config, settings=settings)
+
+
+def make_loggers(folder: Path | None, name: str = "train", track: bool = True) -> list[Logger]:
+    "A CSV logger in `folder`, and Weights & Biases if it starts within five seconds (unless `track` is off); none without a folder."
     if folder is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
-    for mode in wandb_modes():
+    for mode in wandb_modes() if track else []:
         try:
-            os.environ.setdefault("WANDB_SILENT", "true")  # its notes are not for the reader of a report
-            import wandb
-
-            settings = wandb.Settings(mode=mode, init_timeout=5, finish_timeout=10, silent=True, console="off")
-            # begun here, not by Lightning: that would pass options which wandb calls deprecated, in the middle of a report
-            run = wandb.init(project=get_settings().wandb_project, name=name, dir=str(folder), settings=settings)
-            return [*loggers, WandbLogger(experiment=run, save_dir=str(folder), log_model=False)]
+            return [*loggers, WandbLogger(experiment=start_wandb(mode, folder, name), save_dir=str(folder), log_model=False)]
         except Exception as error:  # a tracker must never cost a training
             log.warning("wandb %s not used: %s", mode, type(error).__name__)
     return loggers
@@ -306,13 +311,56 @@ def make_loggers(folder: Path | None, name: str = "train") -> list[Logger]:
 def close_loggers(loggers: list[Logger]) -> None:
     "Write everything out and end the background process of Weights & Biases."
     if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb
+        end_wandb()
 
+
+def end_wandb() -> None:
+    "End the run of Weights & Biases and its background process."
+    import wandb
+
+    try:
+        wandb.finish()
+        wandb.teardown()
+    except Exception as error:
+        log.warning("wandb did not end cleanly: %s", type(error).__name__)
+
+# %% ../nbs/07_training.ipynb #83756b82
+def track_run(
+    folder: Path, name: str, config: dict[str, Any], history: pd.DataFrame, summary: dict[str, Any], files: dict[str, bytes]
+) -> str:
+    "Record a finished run in Weights & Biases, `files` as an artefact of type model; the mode that worked, empty if none did."
+    for mode in wandb_modes():
         try:
-            wandb.finish()
-            wandb.teardown()
-        except Exception as error:
-            log.warning("wandb did not end cleanly: %s", type(error).__name__)
+            folder.mkdir(parents=True, exist_ok=True)
+            run = start_wandb(mode, folder, name, config)
+            for step, rows in history.groupby("step"):
+                kinds = ("train_loss", "valid_loss")
+                run.log({f"{kind}/member_{m}": v for kind in kinds for m, v in zip(rows["member"], rows[kind], strict=True)}, step=int(step))
+            run.summary.update(summary)
+            if files:
+                run.log_artifact(_artefact(name, files, folder / "wandb"))
+            return mode
+        except Exception as error:  # a tracker must never cost a run
+            log.warning("wandb %s not used: %s", mode, type(error).__name__)
+        finally:
+            end_wandb()
+    return ""
+
+
+def _artefact(name: str, files: dict[str, bytes], folder: Path) -> Any:
+    import wandb
+
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = str(folder)  # the files stay beside the run until they are sent
+    try:
+        artefact = wandb.Artifact(name, type="model")
+        for file, data in files.items():
+            with artefact.new_file(file, mode="wb") as f:
+                f.write(data)
+    finally:
+        os.environ.pop("WANDB_DATA_DIR")
+        os.environ |= {"WANDB_DATA_DIR": before} if before else {}
+    return artefact
 
 # %% ../nbs/07_training.ipynb #faf74034
 def fit_member(
@@ -410,9 +458,9 @@ class TrainResult:
 # %% ../nbs/07_training.ipynb #cffc7006
 def training_loop(
     frame: pd.DataFrame, recipe: Recipe, *, interval: str | Interval = "1h", logger_dir: Path | None = None,
-    progress: bool = True, run_name: str | None = None,
+    progress: bool = True, run_name: str | None = None, track: bool = True,
 ) -> TrainResult:  # fmt: skip
-    "Train every member of a recipe on a checked history; the best checkpoints, joined in one graph."
+    "Train every member of a recipe on a checked history; the best checkpoints, joined in one graph. `track`: also in Weights & Biases."
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
@@ -420,7 +468,7 @@ def training_loop(
     try:
         with quiet(), training_bar(recipe, progress) as tell:
             data = prepare(frame, recipe, interval)
-            loggers = make_loggers(logger_dir, run_name or recipe.name)
+            loggers = make_loggers(logger_dir, run_name or recipe.name, track)
             modules = [CandleDataModule(data, recipe, member) for member in range(recipe.members)]
             members = [fit_member(module, loggers, rows, tell) for module in modules]
         networks, facts = [network for network, _ in members], [fact for _, fact in members]
