@@ -251,8 +251,6 @@ def command(home, *args):
         ("gate BTC_USDT", 3, "no model of BTC_USDT 1h is published yet"),
         ("gate BTC_USDT --version abc", 1, "a version looks like 20231231T230000Z"),
         ("leaktest BTC_USDT --sample --recipe finetune", 2, "leak tests train a quantile recipe from scratch"),
-        ("pretrain", 3, "there are no 1h candles to pool"),
-        ("pretrain --recipe original", 2, "take 'pooled' or a copy of it"),
     ],
 )
 def test_wrong_lines_are_answered_before_any_work(tmp_path, line, code, text):
