@@ -136,7 +136,9 @@ def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
     page = home / "runs" / "train.html"
     page.parent.mkdir(parents=True)
     page.write_text("<!doctype html><title>run</title><h1>The executed notebook</h1><script>parent.bad = 1</script>")
-    plan = {"pair": "BTC_USDT", "interval": "1h", "cutoff": now.floor("h"), "recipe": "finetune", "recipe_hash": "0" * 16, "host": "here/1", "log": "", "attempts": 1}
+    plan = {"pair": "BTC_USDT", "interval": "1h", "cutoff": now.floor("h"), "recipe": "finetune", "recipe_hash": "0" * 16, "host": "here/1", "attempts": 1}
+    (page.parent / "log.txt").write_text("cell 4 of 18: no room <b>left</b>")
+    plan["log"] = str(page.parent / "log.txt")
     facts = {"exit_class": "", "reason": "", "version": VERSION, "notebook": str(page.with_suffix(".ipynb")), "seconds": 11.7, "finished_at": now}
     failed = {"exit_class": "no_space", "reason": "the disk of the store is full; free some room", "version": "", "notebook": ""}
     with session(engine) as s:

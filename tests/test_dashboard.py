@@ -190,6 +190,9 @@ def test_a_morning(browser, local, stage):
         one.says("Health of the data")
         one.says("locked out")
         one.says("the disk of the store is full")
+        one.page.locator("[data-run='log:run-2']:visible").click()
+        one.page.frame_locator("dialog iframe").get_by_text("cell 4 of 18: no room <b>left</b>").wait_for()
+        one.page.keyboard.press("Escape")
 
 
 def test_phone(browser, local):
