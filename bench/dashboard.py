@@ -83,6 +83,16 @@ def measure(visits: int) -> list[tuple[str, list[dict[str, float]]]]:
     return [("first", first), ("new", new), ("again", again)]
 
 
+HEAD = """# Dashboard
+
+Made by `python bench/dashboard.py --save`. Wanted: first chart within 6 s cold and 2.5 s with a warm kernel, a kernel of at most 130 MB.
+Every visit starts a kernel of its own, so each is a cold one: Voila's warm pool does not go with the limit on viewers (its prelaunch hook)
+nor with the token that a front door hands over. `spinner` is the page, `chart - spinner` is the kernel's start,
+its first answer and plotly.
+
+"""
+
+
 def main() -> None:
     "Measure and print a table."
     parser = argparse.ArgumentParser()
@@ -101,10 +111,7 @@ def main() -> None:
     text = "\n".join(lines) + f"\n\nMedian (smallest) of {options.visits} visits, one for `first`. {load}\n"
     print(text)
     if options.save:
-        head = "# Dashboard\n\nMade by `python bench/dashboard.py --save`. Wanted: first chart within 6 s cold and 2.5 s with a warm kernel, a kernel of at most 130 MB.\n"
-        head += "Every visit starts a kernel of its own, so each is a cold one: Voila's warm pool does not go with the limit on viewers (its prelaunch hook)\n"
-        head += "nor with the token that a front door hands over. `spinner` is the page, `chart - spinner` is the kernel's start, its first answer and plotly.\n\n"
-        (ROOT / "bench" / "results" / "dashboard.md").write_text(head + text)
+        (ROOT / "bench" / "results" / "dashboard.md").write_text(HEAD + text)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
     assert (check["passed"], fallback.waiting[0].passed) == (False, True)  # told, but no reason to refuse
 
     network = fallback_graph(fit_fallback(run.frame, part.start - 500), run.frame)  # plays the network
-    result = SimpleNamespace(recipe=run.recipe, forecaster=SimpleNamespace(window=WINDOW))
+    result = SimpleNamespace(recipe=run.recipe, forecaster=SimpleNamespace(window=WINDOW), history=pd.DataFrame({"step": []}), cpu_seconds=1.0)
     rows = rows_to_test(run, part, WINDOW)
     span = SimpleNamespace(scores=evaluate(run.frame, rows, {"network": HarT().fit(run.frame, int(rows[0])).quantiles(run.frame, rows)}))
     refused = publish_or_refuse(run, result, network, span, Verdict([Check("x", False, 0.0, "", "No.")]), fallback)
