@@ -5,7 +5,8 @@
 
 Real all the way: a replay exchange over the embedded samples (under as many names as there are pairs), the pooled network trained by its own run
 notebook, then `mkrich schedule --once` as a library call: two workers, one process tree and one executed notebook with its page per run,
-recipe `finetune`. The bare call is the same work in one warm process: open the run, train, walk the test span, export, judge, publish.
+recipe `finetune`. The bare call is the same work in one warm process: open the run, train, walk the test span, export, validate, fallback, judge,
+publish, forecast. What a notebook adds to that is measured with one run at a time, as the bare call is, and taken apart.
 """
 
 # ruff: noqa: E501
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 
@@ -29,9 +31,9 @@ BARE = """
 import json, sys, time
 start = time.perf_counter()
 from make_us_rich.export import convert_model, validate_model
+from make_us_rich.forecasting import forecast_pair
 from make_us_rich.pool_report import train_pair
-from make_us_rich.report import judge, open_run, publish_or_refuse, walk_test_span
-import resource
+from make_us_rich.report import judge, open_run, publish_fallback, publish_or_refuse, walk_test_span
 imports, steps = time.perf_counter() - start, []
 for pair in json.loads(sys.argv[2]):
     marks = [("", time.perf_counter(), time.process_time())]
@@ -41,8 +43,10 @@ for pair in json.loads(sys.argv[2]):
     span = walk_test_span(run, result); mark("test span")
     model = convert_model(result.forecaster, {"pair": pair}); mark("export")
     parity = validate_model(model, result.forecaster, run.frame); mark("validate")
+    fallback = publish_fallback(run); mark("fallback")
     verdict = judge(run, result, span, parity.max_scaled); mark("judge")
-    publish_or_refuse(run, result, model, span, verdict); mark("publish")
+    publish_or_refuse(run, result, model, span, verdict, fallback); mark("publish")
+    forecast_pair(pair, "1h", run.models, run.candles, run.client); mark("forecast")
     steps.append({name: (round(b - a, 2), round(d - c, 2)) for (_, a, c), (name, b, d) in zip(marks, marks[1:])})
     assert result.recipe.name == "finetune", result.recipe.name
 print(json.dumps({"imports": imports, "steps": steps}))
@@ -71,11 +75,23 @@ def play(settings, names, jobs):
     wall = time.perf_counter()
     run_once(schedule)
     wall = time.perf_counter() - wall
-    rows = RunLedger(schedule.watch.engine).rows(limit=len(names))
+    rows = sorted(RunLedger(schedule.watch.engine).rows(limit=len(names)), key=lambda row: row.started_at)
     schedule.watch.engine.dispose()
-    inside = [r.seconds for r in rows]
-    return {"pairs": len(names), "jobs": jobs, "wall": wall, "inside": sum(inside) / len(inside),
+    warm = rows[jobs:] or rows  # a worker's first run waits for its nursery
+    return {"pairs": len(names), "jobs": jobs, "wall": wall, "inside": mean(r.seconds for r in warm), **parts(warm),
             "states": dict(Counter(r.state for r in rows)), "reasons": [r.reason[:90] for r in rows if r.state == "failed"]}  # fmt: skip
+
+
+def parts(rows):
+    "Mean seconds that the cells, the pictures among them, and papermill with its kernel took."
+    pictures, cells, papermill = [], [], []
+    for row in rows:
+        notebook = json.loads(Path(row.notebook).read_text())
+        took = [(c["metadata"]["papermill"]["duration"] or 0, "".join(c["source"])) for c in notebook["cells"] if c["cell_type"] == "code"]
+        cells.append(sum(seconds for seconds, _ in took))
+        pictures.append(sum(seconds for seconds, source in took if source.startswith("plot_")))
+        papermill.append(notebook["metadata"]["papermill"]["duration"] - cells[-1])
+    return {"cells": mean(cells), "pictures": mean(pictures), "papermill": mean(papermill)}
 
 
 def main():
@@ -108,7 +124,7 @@ def main():
                                          capture_output=True, text=True, check=True).stdout)  # fmt: skip
         print(json.dumps(bare), flush=True)
         found = []
-        for jobs, count in [(1, 1), *((args.jobs, n) for n in counts)]:
+        for jobs, count in [(1, min(5, max(counts))), *((args.jobs, n) for n in counts)]:
             server.clock.advance("1h")
             found.append(play(settings, names[:count], jobs))
             print({k: round(v, 1) if isinstance(v, float) else v for k, v in found[-1].items()}, flush=True)
@@ -120,8 +136,8 @@ def main():
 
 def report(bare, found, load):
     steps = bare["steps"][1:]  # the first call warms caches
-    mean = {name: [sum(s[name][i] for s in steps) / len(steps) for i in (0, 1)] for name in steps[0]}
-    wall, cpu = (sum(v[i] for v in mean.values()) for i in (0, 1))
+    step = {name: [mean(s[name][i] for s in steps) for i in (0, 1)] for name in steps[0]}
+    wall, cpu = (sum(v[i] for v in step.values()) for i in (0, 1))
     lines = [
         "# Throughput of retraining", "",
         f"`python bench/throughput.py --save`, {os.cpu_count()} cores, load of the last five minutes {load:.1f} (other programs were at work if that is above 2.5).",
@@ -133,13 +149,18 @@ def report(bare, found, load):
         outcomes = ", ".join(f"{n} {state}" for state, n in f["states"].items())
         rate = f["pairs"] / f["wall"] * 3600
         lines.append(f"| {f['pairs']} | {f['jobs']} | {f['wall']:.1f} | {f['inside']:.1f} | {rate:.0f} | {outcomes} |")
-    few, many = found[1], found[-1]
-    lines += ["", f"Bare library call in one warm process: **{wall:.1f} s** wall, {cpu:.1f} s CPU (" + ", ".join(f"{k} {v[1]:.2f}" for k, v in mean.items()) + ")."]
+    alone, few, many = found[0], found[1], found[-1]
+    lines += ["", f"Bare library call in one warm process: **{wall:.1f} s** wall, {cpu:.1f} s CPU (" + ", ".join(f"{k} {v[1]:.2f}" for k, v in step.items()) + ")."]
     lines.append(f"A process that starts from nothing imports for another {bare['imports']:.1f} s.")
     if many["pairs"] > few["pairs"]:
-        step = (many["wall"] - few["wall"]) / (many["pairs"] - few["pairs"])
-        lines.append(f"One more pair costs {step:.1f} s wall with {many['jobs']} at once, that is {3600 / step:.0f} runs per hour once the workers are warm.")
-    lines.append(f"Overhead of the notebook over the bare call, with {many['jobs']} runs at once on these cores: {many['inside'] - wall:.1f} s a run.")
+        more = (many["wall"] - few["wall"]) / (many["pairs"] - few["pairs"])
+        lines.append(f"One more pair costs {more:.1f} s wall with {many['jobs']} at once, that is {3600 / more:.0f} runs per hour once the workers are warm.")
+    work = alone["cells"] - alone["pictures"] - wall
+    rest = alone["inside"] - alone["cells"] - alone["papermill"]
+    lines += [
+        f"Overhead of the notebook over the bare call, one run at a time, the worker warm: **{alone['inside'] - wall:.1f} s** a run: pictures {alone['pictures']:.1f} s,",
+        f"papermill with its kernel {alone['papermill']:.1f} s, start and end of the process tree {rest:.1f} s, tables and what a fresh process does slower {work:.1f} s.",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
