@@ -352,14 +352,17 @@ class Simulation:
         return problems, found | {"leftovers": len(self.leftovers), "alerts": alerts}
 
     def check_alerts(self, rows):
-        "Each trouble is told once until it is over (a schedule that is killed while it tells may repeat itself)."
-        last, repeated, problems = {}, 0, []
+        """Each trouble is told once until it is over.
+
+        A schedule that is killed while it tells may repeat that batch: at most a trouble and its end for each pair, and those of the exchange.
+        """
+        last, repeated, problems = {}, [], []
         for title in self.inbox.titles:
             what = title.removeprefix("over: ")
-            repeated += last.get(what, f"over: {what}") == title
+            repeated += [title] if last.get(what, f"over: {what}") == title else []
             last[what] = title
-        if repeated > self.events["schedule killed"] * len(self.pairs):
-            problems.append(f"{repeated} messages were told twice")
+        if len(repeated) > self.events["schedule killed"] * 2 * (len(self.pairs) + 1):
+            problems.append(f"{len(repeated)} messages were told twice: {repeated}")
         if self.events["outage hours"] and not any(t.startswith("the exchange has not answered") for t in self.inbox.titles):
             problems.append("the outage was not told")
         if any(r.exit_class == "disk_full" for r in rows) and not any("the run with recipe" in t for t in self.inbox.titles):

@@ -178,7 +178,8 @@ def fleet_plan(
 def _missing(told: dict[str, Any]) -> tuple[dict[str, Any], int]:
     from make_us_rich.database import connect, migrate
     from make_us_rich.exchange import BinanceClient
-    from make_us_rich.fleet import fleet_locks, missing_runs
+    from make_us_rich.fleet import missing_runs
+    from make_us_rich.locks import ledger_locks
     from make_us_rich.run_ledger import RunLedger
     from make_us_rich.schedule import read_plan
 
@@ -186,6 +187,6 @@ def _missing(told: dict[str, Any]) -> tuple[dict[str, Any], int]:
     plan = told.get("plan") or read_plan(json.dumps({"pairs": told["pairs"], "pretrain": told["pretrain"]}))
     migrate(engine := connect(settings.db_url))
     wanted = missing_runs(plan, RunLedger(engine), settings, BinanceClient(settings.exchange_url).now())
-    held = fleet_locks(settings).taken(f"ticket/{ticket}" for ticket in told["tickets"])
+    held = ledger_locks(settings).taken(f"ticket/{ticket}" for ticket in told["tickets"])
     facts = [{"key": w.key, "run_id": w.run_id, "attempt": w.attempt, "why": w.why, "ticket": w.ticket} for w in wanted]
     return {"wanted": facts, "held": sorted(name.partition("/")[2] for name in held)}, 0

@@ -292,7 +292,7 @@ def _train(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     ledger = RunLedger(connect(settings.db_url))
     outcome = run_recorded(
         entry.pair, settings=settings, ledger=ledger, interval=entry.interval, recipe=entry.recipe, parameters={"overrides": entry.overrides} | more,
-        now=pd.Timestamp(order["now"]), pause=order["pause"], **options,
+        now=pd.Timestamp(order["now"]), pause=order["pause"], locked=order.get("locked", False), **options,
     )  # fmt: skip
     rows = [r for r in ledger.rows(entry.pair, limit=3) if r.run_id == outcome.run_id and r.retry_at is not None]
     retry_in = max(0.0, (rows[0].retry_at - system_clock()).total_seconds()) if rows and rows[0].retry_at is not None else None

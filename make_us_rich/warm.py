@@ -42,9 +42,16 @@ def serve_nursery(libraries: tuple[str, ...] = LIBRARIES) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # read when matplotlib is imported; a kernel would set it itself
+
+    def tell(**news: Any) -> None:
+        try:
+            answers.write(json.dumps(news) + "\n")
+        except BrokenPipeError:  # nobody is left to order anything
+            os._exit(0)
+
     for name in libraries:
         importlib.import_module(name)
-    answers.write(json.dumps({"ready": threads_here()}) + "\n")
+    tell(ready=threads_here())
     rest = b""
     while True:
         if select.select([0], [], [], 0.05)[0]:
@@ -52,10 +59,10 @@ def serve_nursery(libraries: tuple[str, ...] = LIBRARIES) -> None:
                 os._exit(0)
             *lines, rest = (rest + got).split(b"\n")
             for line in lines:
-                answers.write(json.dumps(fork_child(json.loads(line))) + "\n")
+                tell(**fork_child(json.loads(line)))
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                answers.write(json.dumps({"ended": ended[0], "code": os.waitstatus_to_exitcode(ended[1])}) + "\n")
+                tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
         except ChildProcessError:
             pass
 

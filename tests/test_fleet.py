@@ -19,10 +19,11 @@ from servers import _die_with_parent, free_port, postgresql  # noqa: F401
 from make_us_rich.candle_store import CandleStore
 from make_us_rich.candles import load_sample
 from make_us_rich.database import connect, migrate
-from make_us_rich.fleet import Locks, close_lost, missing_runs, pair_lock
+from make_us_rich.fleet import missing_runs
+from make_us_rich.locks import Locks, pair_lock
 from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import ReplayServer
-from make_us_rich.run_ledger import RunLedger, plan_run
+from make_us_rich.run_ledger import RunLedger, close_lost, plan_run
 from make_us_rich.schedule import Plan, read_plan
 from make_us_rich.settings import get_settings
 
@@ -54,7 +55,7 @@ def test_lock_of_a_killed_process_is_free(database, tmp_path):
     program = f"""
 import time
 from pathlib import Path
-from make_us_rich.fleet import Locks
+from make_us_rich.locks import Locks
 with Locks({database!r}, Path()).hold([{name!r}, "ticket/1"]):
     print("held", flush=True)
     time.sleep(600)
