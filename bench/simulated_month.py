@@ -354,7 +354,8 @@ class Simulation:
     def check_alerts(self, rows):
         """Each trouble is told once until it is over.
 
-        A schedule that is killed while it tells may repeat that batch: at most a trouble and its end for each pair, and those of the exchange.
+        A schedule that is killed while it tells may repeat that batch: at most a trouble and its end for each pair
+        and for the exchange.
         """
         last, repeated, problems = {}, [], []
         for title in self.inbox.titles:

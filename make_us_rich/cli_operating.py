@@ -56,7 +56,7 @@ def pretrain(
 ) -> None:
     "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it, the schedule does both."
     from make_us_rich.candles import Pair
-    from make_us_rich.pool import POOLED
+    from make_us_rich.candles import POOLED
     from make_us_rich.runs import run_pretraining
 
     names = [str(Pair.parse(pair)) for pair in pairs or []]

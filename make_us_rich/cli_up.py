@@ -385,7 +385,7 @@ def plan_of(wishes: Wishes, settings: Settings) -> tuple[str, str]:
 
 def _with_model(settings: Settings) -> list[str]:
     from make_us_rich.model_store import ModelStore
-    from make_us_rich.pool import POOLED
+    from make_us_rich.candles import POOLED
 
     return [str(pair) for pair, interval in ModelStore(settings.store_url).pairs() if str(interval) == "1h" and pair != POOLED]
 

@@ -22,11 +22,10 @@ import pandas as pd
 
 from .candle_mirror import CandleMirror
 from .candle_store import CandleStore
-from .candles import Interval
+from .candles import POOLED, Interval
 from .database import RunRow, connect
 from .exchange import BinanceClient
 from .locks import ledger_locks, pair_lock
-from .pool import POOLED
 from .run_ledger import RunLedger, close_lost, plan_run, retry_pause
 from .schedule import MINUTES_AFTER_CLOSE, ORDERS, Entry, Plan, next_due, recipe_name
 from .settings import ExchangeError, MakeUsRichError, Settings, SettingsError, utc_iso

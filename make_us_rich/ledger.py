@@ -22,12 +22,12 @@ from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 
 from .candle_store import CandleStore, Provenance
-from .candles import VALUE_COLUMNS, CandleReport, Interval, Pair
+from .candles import POOLED, VALUE_COLUMNS, CandleReport, Interval, Pair
 from .database import Demotion, ForecastRow, insert_into, session
 from .evaluation import Base, Check, HitRate, crps, dm_test, hit_rate
 from .forecasting import Forecast, ModelLoader, OnnxModel, forecast_pair, format_price
 from .model_store import UNUSABLE, ModelStore, Pointer
-from .pool import POOLED, serving_champion
+from .pool import serving_champion
 from make_us_rich.settings import (
     LEVELS, MEDIAN, RANGES, CandleError, Clock, ForecastUnavailable, StoreError, log, system_clock, utc_iso,
 )  # fmt: skip

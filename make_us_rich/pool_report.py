@@ -19,14 +19,13 @@ import pandas as pd
 import torch
 
 from .candle_store import CandleStore
-from .candles import SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, Interval, clean_candles
+from .candles import POOLED, SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, Interval, clean_candles
 from make_us_rich.evaluation import (
     Base, Check, Verdict, crps, dm_test, evaluate, forecast_returns, next_returns, online_width, scorable_rows, widen,
 )  # fmt: skip
 from .features import CandleFeatures
 from .forecasting import open_session
 from .model_store import Bundle, DataSpan, Golden, Manifest, ModelStore
-from .pool import POOLED
 from .pooled import Pooled, PretrainResult, finetune, first_test_candle, pack_weights, pool_cutoff, unpack_weights
 from .recipe import Recipe, load_recipe
 from .report import SAMPLE_URL, Markdown, Publication, Run, _git_revision, _libraries, _plain, _settings, open_market

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from .candle_store import CandleStore
-from .candles import Interval, Pair
+from .candles import POOLED, Interval, Pair
 from .evaluation import HarT, Scores, Verdict, evaluate, gate, graph_returns, online_width, scorable_rows, widen
 from .forecasting import OnnxModel
 from .model_store import Manifest, ModelReader
-from .pool import POOLED, serving_champion
+from .pool import serving_champion
 from .settings import CandleError, ForecastUnavailable, StoreError, log, utc_iso
 
 # %% ../nbs/12_regate.ipynb #b3cb37eb

@@ -24,10 +24,9 @@ from rich.table import Table
 from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.engine import Engine
 
-from .candles import Interval, Pair
+from .candles import POOLED, Interval, Pair
 from .database import RunRow, insert_into, session
 from .locks import Busy, ledger_locks, pair_lock
-from .pool import POOLED
 from .recipe import load_recipe
 from .settings import Clock, MakeUsRichError, Settings, SettingsError, StoreError, log, system_clock, utc_iso
 

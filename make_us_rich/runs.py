@@ -31,10 +31,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from .candle_store import CandleStore
-from .candles import Interval, Pair
+from .candles import POOLED, Interval, Pair
 from .exchange import BinanceClient
 from .model_store import ModelStore
-from .pool import POOLED
 from .recipe import Recipe, load_recipe
 from .settings import CandleError, MakeUsRichError, Settings, SettingsError, log, system_clock, utc_iso, write_atomic
 from .warm import Nursery, WarmChild, fork_kernel

@@ -43,9 +43,8 @@ from rich.table import Table
 from sqlalchemy import select
 
 from .alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, low_disk
-from .candles import Interval, Pair
+from .candles import POOLED, Interval, Pair
 from .database import RunRow, connect, migrate, session
-from .pool import POOLED
 from .settings import Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso
 
 # %% ../nbs/17_schedule.ipynb #0fadb643

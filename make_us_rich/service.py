@@ -36,14 +36,14 @@ from filelock import FileLock
 from sqlalchemy.engine import Engine
 
 from .candle_store import CandleStore, Progress
-from .candles import COLUMNS, Interval, Pair
+from .candles import COLUMNS, POOLED, Interval, Pair
 from .database import connect, migrate, ping
 from .exchange import BinanceClient
 from .forecasting import GAP_ROWS, PATIENCE, WIDTH_ROWS, Forecast, OnnxModel, forecast_pair, reliability_text, serving_width
 from .ledger import BASE_ROWS, HeldCandles, HeldModel, Ledger, RememberedModel, TrackRecord, as_forecast, base_prices, record_sentence
 from .model_store import UNUSABLE, Bundle, ModelStore, Pointer, load_bundle
 from .model_store import replace as put_object
-from .pool import POOLED, served_pairs, serving_champion
+from .pool import served_pairs, serving_champion
 from make_us_rich.settings import (
     Clock, ExchangeError, ForecastUnavailable, MakeUsRichError, Settings, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip

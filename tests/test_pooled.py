@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from make_us_rich.candles import VALUE_COLUMNS, fake_candles
+from make_us_rich.candles import POOLED, VALUE_COLUMNS, fake_candles
 from make_us_rich.export import convert_model, open_session, validate_model
 from make_us_rich.forecasting import OnnxModel
 from make_us_rich.model_store import DataSpan, Golden, Manifest, ModelStore
-from make_us_rich.pool import POOLED, pooled_note, serving_champion
+from make_us_rich.pool import pooled_note, serving_champion
 from make_us_rich.pool_report import load_pooled, open_pooled
 from make_us_rich.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.recipe import load_recipe
