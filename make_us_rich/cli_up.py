@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_PAIRS', 'DEMO_START', 'DEMO_SPEED', 'DEMO_PLAN', 'ROLES', 'Part', 'last_words', 'answers', 'free_port',
-           'check_port', 'end_part', 'begin_part', 'demo_start', 'fast_clock', 'PartFailed', 'Caretaker',
+           'check_port', 'end_part', 'begin_part', 'demo_start', 'demo_end', 'fast_clock', 'PartFailed', 'Caretaker',
            'how_it_ended', 'parts_table', 'Wishes', 'settings_of', 'speed_of', 'plan_of', 'untrained', 'dashboard_part',
            'make_parts', 'run_up', 'up']
 
@@ -178,12 +178,20 @@ def demo_start(settings: Settings) -> pd.Timestamp:
     return max(starts)
 
 
+def demo_end() -> pd.Timestamp:
+    "Where the demo's clock stops: with the last candle of the sample."
+    from make_us_rich.candles import load_sample
+    from make_us_rich.replay import default_now
+
+    return default_now({pair: load_sample(pair) for pair in DEMO_PAIRS})
+
+
 def _exchange(order: dict[str, Any], settings: Settings) -> int:
     from make_us_rich.candles import SAMPLE_LABEL, load_sample
-    from make_us_rich.replay import ReplayServer, default_now
+    from make_us_rich.replay import ReplayServer
 
     frames = {pair: load_sample(pair) for pair in DEMO_PAIRS}
-    end, start = default_now(frames), demo_start(settings)
+    end, start = demo_end(), demo_start(settings)
     with ReplayServer(frames, now=min(start, end), speed=order["speed"], label=SAMPLE_LABEL, port=order["port"]) as exchange:
         while True:
             if exchange.clock.now() >= end and exchange.clock.speed:
@@ -461,6 +469,8 @@ def _start_all(care: Caretaker, wishes: Wishes, settings: Settings, new: list["E
         care.start(care.parts[0])
         told = f"The exchange is a replay of the historical sample, {speed_of(wishes):g} times as fast as life"
         _say(f"{told}; its clock stands at {utc_iso(demo_start(settings))}. Nothing here is about today.")
+        if demo_start(settings) > demo_end() - pd.Timedelta("1h"):  # no candle closes any more
+            _say(f"The replay has been played to its end, so nothing new will come; remove {settings.home} to see it again from the beginning.")
     if new and not care.stopping.is_set():
         _say(f"No model of {', '.join(e.pair for e in new)} yet: each is trained once, which takes about a minute.")
         work = begin_part("train", settings, to_terminal=True, entries=[e.model_dump() for e in new])
