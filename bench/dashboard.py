@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from make_us_rich.warm import KERNEL_NAME
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 DRAWN = ".mur-chart[data-drawn] .boxlayer path"
@@ -38,7 +40,7 @@ def visit(context, running) -> dict[str, float]:
     end = time.perf_counter()
     page.wait_for_timeout(1500)
     children = psutil.Process(running.process.pid).children(recursive=True)
-    kernels = [p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())]
+    kernels = [p for p in children if p.name() == KERNEL_NAME]
     memory = kernels[-1].memory_full_info()
     facts = {
         "chart s": end - start, "spinner s": painted - start, "answer s": answered - start, "server+kernel CPU s": cpu(running) - before,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['esc', 'COLOURS', 'DARK', 'HOUR', 'BADGES', 'LOG', 'SLOW', 'NEWS', 'REMEDIES', 'FILES', 'PATIENCE', 'LEGEND', 'STATES',
-           'LOGO', 'EXTENSIONS', 'decimals', 'price_text', 'when', 'minutes_text', 'age', 'ms', 'span', 'cutoff',
-           'minutes_between', 'base_quote', 'past_traces', 'fan_traces', 'candle_traces', 'forecast_figure',
+           'LOGO', 'WARM', 'EXTENSIONS', 'decimals', 'price_text', 'when', 'minutes_text', 'age', 'ms', 'span',
+           'cutoff', 'minutes_between', 'base_quote', 'past_traces', 'fan_traces', 'candle_traces', 'forecast_figure',
            'skill_steps', 'skill_figure', 'promise_figure', 'after_fees', 'fees_sentence', 'ladder', 'forecast_card',
            'pair_card', 'tiles', 'rules', 'table', 'run_button', 'history_table', 'Feed', 'banner', 'spawn', 'Live',
            'Chart', 'Cards', 'make_picker', 'ForecastView', 'PairDashboard', 'attempt', 'RecordView', 'usage_card',
@@ -45,6 +45,7 @@ import ipywidgets as W
 import traitlets as T
 
 from .client import Plain, PlainClient, Trouble
+from .warm import Nursery, launch_from
 
 if TYPE_CHECKING:
     from make_us_rich.settings import Settings
@@ -1017,6 +1018,7 @@ def open_dashboard(environment: dict[str, str] | None = None) -> Dashboard:
     return Dashboard(PlainClient(env.get("MKRICH_API_URL", "http://127.0.0.1:8750"), token), pair)
 
 # %% ../nbs/15_dashboard.ipynb #87e93ab6
+WARM = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "make_us_rich.dashboard")  # what a viewer's process has loaded when it begins
 EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"]
 
 
@@ -1083,6 +1085,7 @@ def _go_with_starter() -> None:
 
 def _voila() -> None:
     "The process of the page server."
+    from jupyter_client.provisioning import local_provisioner
     from traitlets.config import Config
     from voila.app import Voila
 
@@ -1090,6 +1093,8 @@ def _voila() -> None:
     threading.Thread(target=_go_with_starter, daemon=True).start()
     atexit.register(shutil.rmtree, Path(options["notebook"]).parents[1], ignore_errors=True)  # the starter may be gone by then
     logging.setLogRecordFactory(quiet_record)
+    if sys.platform == "linux":
+        local_provisioner.launch_kernel = launch_from(Nursery(dict(os.environ), WARM), local_provisioner.launch_kernel)
     Voila.launch_instance(argv=[options["notebook"]], config=Config(voila_config(options)))
 
 # %% ../nbs/15_dashboard.ipynb #a78eae09

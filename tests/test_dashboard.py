@@ -22,6 +22,7 @@ from dash_kit import HOUR, Stage, make_stage, page_server
 
 from make_us_rich.dashboard import Running
 from make_us_rich.settings import utc_iso
+from make_us_rich.warm import KERNEL_NAME
 
 MISSING = "these tests need Chromium and found none; install it with: apt-get install chromium"
 CANDLES = ".mur-chart .boxlayer path"
@@ -126,7 +127,7 @@ def processes(running: Running) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for p in psutil.Process(running.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if p.status() != psutil.STATUS_ZOMBIE and "ipykernel_launcher" in " ".join(p.cmdline()):
+                if p.status() != psutil.STATUS_ZOMBIE and p.name() == KERNEL_NAME:
                     found.append(p)
     return found
 
