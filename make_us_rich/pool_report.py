@@ -28,8 +28,8 @@ from .forecasting import open_session
 from .model_store import Bundle, DataSpan, Golden, Manifest, ModelStore
 from .pooled import Pooled, PretrainResult, finetune, first_test_candle, pack_weights, pool_cutoff, unpack_weights
 from .recipe import Recipe, load_recipe
-from .report import SAMPLE_URL, Markdown, Publication, Run, _git_revision, _libraries, _plain, _settings, open_market
-from .settings import LEVELS, CandleError, StoreError, system_clock, write_atomic
+from .report import SAMPLE_URL, Markdown, Publication, Run, _git_revision, _libraries, _plain, _settings, open_market, track_publication
+from .settings import LEVELS, CandleError, StoreError, system_clock, utc_iso, write_atomic
 from .training import TrainResult, training_loop
 
 if TYPE_CHECKING:
@@ -226,6 +226,9 @@ def publish_pool(run: PoolRun, result: PretrainResult, model: bytes, scores: Poo
             publication = Publication("published", [str(error)], version)
     facts = {"run_id": run.run_id, "state": publication.state, "version": publication.version, "reasons": publication.reasons}
     write_atomic(run.result_path, json.dumps(facts | {"promoted": publication.promoted}, indent=1).encode())
+    config = run.recipe.model_dump() | {"pair": str(POOLED), "cutoff": utc_iso(result.pooled.cutoff), "recipe_hash": run.recipe.hash, "source": run.source}
+    config |= {"pairs": sorted(result.pooled.pairs)}
+    track_publication(run, str(POOLED), config, result, model, scores.table, verdict, publication)
     return publication
 
 

@@ -142,13 +142,13 @@ def usable(frames: Mapping[str, pd.DataFrame], cutoff: pd.Timestamp, recipe: Rec
 # %% ../nbs/07a_pooled.ipynb #b6f50fc0
 def pretrain(
     frames: Mapping[str, pd.DataFrame], recipe: Recipe, *, interval: str | Interval = "1h", cutoff: pd.Timestamp | None = None,
-    logger_dir: Path | None = None, progress: bool = True, run_name: str | None = None,
+    logger_dir: Path | None = None, progress: bool = True, run_name: str | None = None, track: bool = True,
 ) -> PretrainResult:  # fmt: skip
-    "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out."
+    "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out. `track`: also in Weights & Biases."
     clock, cpu, threads, step = time.perf_counter(), time.process_time(), torch.get_num_threads(), Interval.parse(interval)
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
     rows: list[dict[str, float]] = []
-    loggers = make_loggers(logger_dir, run_name or recipe.name)
+    loggers = make_loggers(logger_dir, run_name or recipe.name, track)
     torch.set_num_threads(1)
     try:
         with quiet(), training_bar(recipe, progress) as tell:

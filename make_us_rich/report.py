@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_URL', 'LONG_HOLE', 'open_market', 'since_long_hole', 'Run', 'open_run', 'plot_prices', 'Markdown',
            'recipe_table', 'TestSpan', 'rows_to_test', 'walk_test_span', 'judge', 'Publication', 'publish_or_refuse',
-           'Fallback', 'publish_fallback', 'where_next']
+           'track_publication', 'Fallback', 'publish_fallback', 'where_next']
 
 # %% ../nbs/12a_report.ipynb #9f3f4479
 import atexit
@@ -280,17 +280,21 @@ def publish_or_refuse(
 
 
 def _track(run: Run, result: TrainResult, model: bytes, scores: Scores, verdict: Verdict, publication: Publication) -> None:
-    "The whole run as one run of Weights & Biases, if that is on; what was published as its artefact."
-    config = result.recipe.model_dump() | {
-        "pair": str(run.pair), "interval": str(run.interval), "cutoff": utc_iso(run.cutoff), "run_id": run.run_id, "recipe_hash": result.recipe.hash,
-        "candles": len(run.frame), "source": run.source, "libraries": _libraries(), "git_revision": _git_revision(),
-    }  # fmt: skip
-    summary: dict[str, Any] = {f"{name}/{model_name}": value for model_name, row in scores.table.iterrows() for name, value in row.items() if isinstance(value, float)}
+    facts = {"pair": str(run.pair), "cutoff": utc_iso(run.cutoff), "recipe_hash": result.recipe.hash, "candles": len(run.frame), "source": run.source}
+    track_publication(run, str(run.pair), result.recipe.model_dump() | facts, result, model, scores.table, verdict, publication)
+
+
+def track_publication(
+    run: Any, pair: str, config: dict[str, Any], result: Any, model: bytes, table: pd.DataFrame, verdict: Verdict, publication: Publication
+) -> None:
+    "A whole run as one run of Weights & Biases, if that is on; what was published as its artefact."
+    config = config | {"interval": str(run.interval), "run_id": run.run_id, "libraries": _libraries(), "git_revision": _git_revision()}
+    summary: dict[str, Any] = {f"{name}/{who}": value for who, row in table.iterrows() for name, value in row.items() if isinstance(value, float)}
     summary |= {"state": publication.state, "version": publication.version, "reasons": publication.reasons, "cpu_seconds": result.cpu_seconds}
     summary |= {f"gate/{check.name}": check.passed for check in verdict.checks}
     bundle = {}
     if publication.version:
-        manifest = run.models.load(run.pair, run.interval, publication.version).manifest
+        manifest = run.models.load(pair, run.interval, publication.version).manifest
         bundle = {"model.onnx": model, "manifest.json": manifest.model_dump_json(indent=1).encode()}
     track_run(run.log_dir, run.run_id, config, result.history, summary, bundle)
 
