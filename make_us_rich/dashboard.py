@@ -1011,6 +1011,7 @@ class Dashboard(W.VBox):
 # %% ../nbs/15_dashboard.ipynb #40800381
 def open_dashboard(environment: dict[str, str] | None = None) -> Dashboard:
     "The page for one viewer, as `dashboard.ipynb` shows it."
+    W.register_comm_target()  # a forked process has imported ipywidgets before there was a kernel to tell
     env = os.environ if environment is None else environment
     file = Path(env.get("MKRICH_TOKEN_FILE", ""))
     token = file.read_text().strip() if file.is_file() else env.get("HTTP_X_MUR_TOKEN", "")  # the front door knows who it is
@@ -1018,7 +1019,7 @@ def open_dashboard(environment: dict[str, str] | None = None) -> Dashboard:
     return Dashboard(PlainClient(env.get("MKRICH_API_URL", "http://127.0.0.1:8750"), token), pair)
 
 # %% ../nbs/15_dashboard.ipynb #87e93ab6
-WARM = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "make_us_rich.dashboard")  # what a viewer's process has loaded when it begins
+WARM = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "make_us_rich.dashboard")  # what a viewer's process has loaded when it begins
 EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"]
 
 
@@ -1160,7 +1161,7 @@ def start_dashboard(
     folder = Path(tempfile.mkdtemp(prefix="mur-page-"))
     _prepare(folder)
     own = {"JUPYTER_PATH": str(folder / "share"), "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "run"), "IPYTHONDIR": str(folder / "ipython")}
-    own |= {"MKRICH_API_URL": api_url, "MKRICH_TOKEN_FILE": str(local) if near else "", "OMP_NUM_THREADS": "1", "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2))}
+    own |= {"MKRICH_API_URL": api_url, "MKRICH_TOKEN_FILE": str(local) if near else "", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2))}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MUR_", "AWS_", "WANDB_"))}
     options = {"notebook": str(folder / "page" / "dashboard.ipynb"), "host": host, "port": port, "token": secret, "viewers": viewers, "base_url": base_url, "idle": idle}
     command = [sys.executable, "-c", "from make_us_rich.dashboard import _voila; _voila()"]

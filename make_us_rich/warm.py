@@ -28,7 +28,7 @@ log = logging.getLogger("make_us_rich")
 # %% ../nbs/14b_warm.ipynb #c9c41378
 LIBRARIES = (
     "papermill", "papermill.engines", "papermill.clientwrap", "nbclient", "jupyter_client.provisioning.local_provisioner", "ipykernel.kernelapp",
-    "ipykernel.ipkernel", "ipykernel.zmqshell", "matplotlib.pyplot", "matplotlib.dates", "make_us_rich.runs", "make_us_rich.report", "make_us_rich.training",
+    "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "matplotlib.pyplot", "matplotlib.dates", "make_us_rich.runs", "make_us_rich.report", "make_us_rich.training",
     "make_us_rich.pool_report", "make_us_rich.export", "make_us_rich.forecasting",
 )  # fmt: skip
 
