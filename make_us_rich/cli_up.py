@@ -249,7 +249,7 @@ def _train(order: dict[str, Any], settings: Settings, run: Callable[..., Any] | 
             show("fetching candles")
             outcome = run_recorded(
                 entry.pair, settings=settings, ledger=RunLedger(engine), interval=entry.interval, recipe=entry.recipe,
-                parameters={"overrides": entry.overrides} | more, on_wait=show, run=run,
+                parameters={"overrides": entry.overrides} | more, again=True, on_wait=show, run=run,
                 on_progress=lambda cell, of, title, show=show: show(f"cell {cell} of {of}: {title}"),
             )  # fmt: skip
         _console(stderr=True).print(_outcome_lines(outcome), soft_wrap=True)

@@ -261,7 +261,7 @@ class Waiting:
         tried = 0
         while True:
             try:
-                response = self._http.request(call.method, call.path, params=call.params, json=call.body, headers=self.memory.headers(call))
+                response = self._http.request(call.method, call.path, params=call.params or None, json=call.body, headers=self.memory.headers(call))
             except SILENT as e:
                 raise unreachable(self.url, e) from None
             if (pause := pause_after(call, response, tried)) is None:
@@ -355,7 +355,7 @@ class Awaited:
         tried = 0
         while True:
             try:
-                response = await self._http.request(call.method, call.path, params=call.params, json=call.body, headers=self.memory.headers(call))
+                response = await self._http.request(call.method, call.path, params=call.params or None, json=call.body, headers=self.memory.headers(call))
             except SILENT as e:
                 raise self.lost(self.url, e) from None
             if (pause := pause_after(call, response, tried)) is None:

@@ -105,10 +105,10 @@ class RunLedger:
             raise SettingsError(f"no run is called {what[:80]!r}; `mkrich runs` lists them with their numbers", "unknown_run")
         return row
 
-    def under_way(self, run_id: str) -> RunRow | None:
-        "The row of exactly this run, if it says running."
+    def row_of(self, run_id: str, state: str) -> RunRow | None:
+        "The row of exactly this run, if it is in this state."
         with session(self.engine) as s:
-            return s.scalars(select(RunRow).where(RunRow.run_id == run_id, RunRow.state == "running")).first()
+            return s.scalars(select(RunRow).where(RunRow.run_id == run_id, RunRow.state == state)).first()
 
     def give_up_retries(self, pair: str, interval: str, recipe: str, before: pd.Timestamp) -> None:
         "No failure of an earlier cut-off is tried again once a newer one is on its way."
@@ -242,7 +242,7 @@ def run_recorded(
 ) -> "Outcome":
     """`run_training` with its row in the ledger, alone at its pair; only wrong settings and a database out of reach raise.
 
-    `now` is exchange time; `again` repeats a refused run; `locked` says that the caller holds the lock of the pair; `options` go to `run_training`.
+    `now` is exchange time; `again` repeats a run that was refused, or failed in a way that no retry helps; `locked` says that the caller holds the lock of the pair; `options` go to `run_training`.
     """
     from make_us_rich.runs import Outcome, run_training
 
@@ -254,8 +254,10 @@ def run_recorded(
         late = "" if locked else _wait_for_turn(turn, plan, ledger, settings, options.get("on_wait", log.warning))
         if not late:
             close_lost(ledger, settings, {(plan.pair, plan.interval)})
-        elif (at_it := ledger.under_way(plan.run_id)) is not None:
+        elif (at_it := ledger.row_of(plan.run_id, "running")) is not None:
             return planned.model_copy(update=_why_nothing_to_do(at_it))
+        if not again and (failed := ledger.row_of(plan.run_id, "failed")) is not None and failed.retry_at is None:
+            return planned.model_copy(update=_why_nothing_to_do(failed))
         ledger.give_up_retries(plan.pair, plan.interval, plan.recipe, plan.cutoff)
         attempt = ledger.begin(plan, longest, ("refused",) if again else ())
         if attempt is None and again and _is_lost(ledger.find(plan.run_id), settings):
@@ -281,7 +283,7 @@ def _wait_for_turn(turn: ExitStack, plan: Planned, ledger: RunLedger, settings: 
         turn.enter_context(locks.hold(names))
         return ""
     except Busy as e:
-        if ledger.under_way(plan.run_id) is not None:
+        if ledger.row_of(plan.run_id, "running") is not None:
             return str(e)
     on_wait(f"another run of {plan.pair} is under way; waiting for it")
     try:
@@ -333,6 +335,7 @@ def _why_nothing_to_do(row: RunRow) -> dict[str, Any]:
     if row.state == "running":
         return {"state": "skipped", "exit_class": "ok", "reason": f"this run is under way on {row.host} since {utc_iso(row.started_at)}"}
     reason = f"nothing to do: no closed candle after {utc_iso(row.cutoff)} and the same recipe; that run was {row.state}"
+    reason += f" ({row.exit_class}: {row.reason})" if row.state == "failed" else ""
     return {"state": "skipped", "exit_class": "ok", "version": row.version, "reason": reason + (f" as {row.version}" if row.version else "")}
 
 

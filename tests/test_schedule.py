@@ -103,7 +103,9 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
     row = ledger.find(full.run_id)
     assert (row.exit_class, row.retry_at, row.attempts) == ("disk_full", None, 2)
     assert row.reason.startswith("disk full: OSError: [Errno 28]")
-    fine = start_run()
+    idle = start_run()  # a schedule leaves a failure that no retry helps as it is
+    assert idle.state == "skipped" and "that run was failed (disk_full: disk full" in idle.reason and ledger.find(full.run_id).reason == row.reason
+    fine = start_run(again=True)
     row = ledger.find(fine.run_id)
     assert (row.state, row.version, row.attempts, row.exit_class) == ("published", fine.version, 3, "ok")
     assert start_run().reason.startswith(f"nothing to do: no closed candle after {fine.cutoff} and the same recipe; that run was published")
