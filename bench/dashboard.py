@@ -91,8 +91,9 @@ Made by `python bench/dashboard.py --save`. Wanted: first chart within 6 s cold 
 Every visit starts a kernel of its own, so each is a cold one: Voila's warm pool does not go with the limit on viewers (its prelaunch hook)
 nor with the token that a front door hands over. `spinner` is the page, `chart - spinner` is the kernel's start,
 its first answer and plotly.
-On a time line of one visit: kernel ready and page complete after 1.3 s (kernel 0.4, Voila 0.4, widgets 0.2, the API's first answer 0.2), the rest is the
-browser's: Voila's JavaScript begins when the page is complete, asks for all widgets at once, and plotly draws.
+On a time line of one visit: kernel ready and page complete after 1.3 s (kernel 0.4, Voila 0.4, widgets 0.2, the API's first
+answer 0.2), the rest is the browser's: Voila's JavaScript begins when the page is complete, asks for all widgets at once,
+and plotly draws.
 
 """
 
