@@ -183,7 +183,7 @@ class Memory:
             self.held[call.key] = (body, tag, time.monotonic() + (int(seconds) if seconds.isdigit() else 0))
         return body
 
-
+# %% ../nbs/14_client.ipynb #e7132c81
 def pause_after(call: Call[T], response: httpx.Response, tried: int) -> float | None:
     "Seconds to wait before the same call is sent again, None if it is not."
     wait = response.headers.get("retry-after", "")
@@ -457,7 +457,7 @@ class Trouble(Exception):
             return cls(f"the API at {url} does not answer in time", "slow")
         return cls(f"the API at {url} cannot be reached", "down")
 
-
+# %% ../nbs/14_client.ipynb #65dd0ca8
 class PlainClient(Awaited):
     "The API as plain data, awaited; `of` makes one from another client."
 

@@ -30,7 +30,7 @@ class Busy(MakeUsRichError):
 
     reason = "busy"
 
-
+# %% ../nbs/11b_locks.ipynb #78856031
 class Locks:
     "Named locks that all processes with one ledger see, and that end with the process that holds them."
 
@@ -62,7 +62,7 @@ class Locks:
             take = _by_file(self.folder, held)
             return {name for name in names if not take(name)}
 
-
+# %% ../nbs/11b_locks.ipynb #1c9ee846
 _HELD = """SELECT classid::bigint, objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted
 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 
@@ -84,7 +84,7 @@ def _steady(url: str) -> Iterator[Connection]:
 def _by_connection(connection: Connection) -> Any:
     return lambda name: connection.scalar(text("SELECT pg_try_advisory_lock(:n)"), {"n": lock_number(name)})
 
-
+# %% ../nbs/11b_locks.ipynb #b16ede14
 def _by_file(folder: Path, held: ExitStack) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
 

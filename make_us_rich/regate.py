@@ -77,7 +77,7 @@ class Judgement:
             return f"Version {self.version} of {self.pair} passes the gate again, {hours}."
         return f"Version {self.version} of {self.pair} does not pass the gate, {hours}: {' '.join(self.verdict.reasons)}"
 
-
+# %% ../nbs/12_regate.ipynb #8e163a83
 def regate(
     store: ModelReader, candles: CandleStore, pair: str | Pair, interval: str | Interval = "1h", version: str | None = None,
     now: pd.Timestamp | None = None, hours: int = 720,

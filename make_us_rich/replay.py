@@ -354,7 +354,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as e:
         raise SettingsError(f"the replay cannot listen on {host}:{port} ({e.strerror}); choose another port, or 0 for any free one") from None
 
-
+# %% ../nbs/04_replay.ipynb #c7e0b075
 class ReplayServer:
     "A replay exchange on 127.0.0.1, in a thread, for the length of a `with` block."
 

@@ -108,7 +108,7 @@ class Run:
         facts = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
         return "\n\n".join(x for x in (head, facts, note, measured, self.note) if x)
 
-
+# %% ../nbs/12a_report.ipynb #0a3afea5
 def open_run(
     pair: str, interval: str = "1h", recipe: str = "default", overrides: dict[str, Any] | None = None, cutoff: str = "", history_days: int = 365,
     home: str = "", models_url: str = "", exchange_url: str = SAMPLE_URL, run_id: str = "", result_path: str = "",
@@ -278,7 +278,7 @@ def publish_or_refuse(
     _track(run, result, model, span.scores, verdict, publication)
     return publication
 
-
+# %% ../nbs/12a_report.ipynb #dba5c95c
 def _track(run: Run, result: TrainResult, model: bytes, scores: Scores, verdict: Verdict, publication: Publication) -> None:
     facts = {"pair": str(run.pair), "cutoff": utc_iso(run.cutoff), "recipe_hash": result.recipe.hash, "candles": len(run.frame), "source": run.source}
     track_publication(run, str(run.pair), result.recipe.model_dump() | facts, result, model, scores.table, verdict, publication)
@@ -298,7 +298,7 @@ def track_publication(
         bundle = {"model.onnx": model, "manifest.json": manifest.model_dump_json(indent=1).encode()}
     track_run(run.log_dir, run.run_id, config, result.history, summary, bundle)
 
-
+# %% ../nbs/12a_report.ipynb #9d355af8
 def _promote(run: Run, version: str, reason: str) -> str:
     "Move the pointer; the sentence of the store if a newer champion stands there."
     try:

@@ -338,7 +338,7 @@ class Answer:
         until = pd.Timestamp(forecast.target_close) if forecast.status == "ok" else now + pd.Timedelta("30s")
         return cls(forecast, body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', until)
 
-
+# %% ../nbs/12c_service.ipynb #d1800409
 @dataclass
 class PairState:
     "What the service knows about one pair; only the holder of `lock` changes the answer."
