@@ -44,6 +44,7 @@ setuptools.setup(
     package_data={
         cfg["lib_path"]: [
             "py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*", "dashboard_template/**", "engine/*.py",
+            "templates/**",
         ],
     },
     install_requires=shlex.split(cfg["requirements"]),

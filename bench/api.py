@@ -92,7 +92,7 @@ def measure(server: subprocess.Popen, port: int, path: str, token: str, seconds:
     return {
         "rate": len(took) / span, "p50": took[len(took) // 2] * 1000, "p99": took[int(len(took) * 0.99)] * 1000,
         "cpu": used / len(took) * 1e6, "failed": failed, "n": len(took),
-    }  # fmt: skip
+    }
 
 
 def start(kind: str, home: Path, exchange: str, poll: float = 20) -> tuple[subprocess.Popen, int]:
@@ -167,7 +167,7 @@ def main() -> None:
             paths = {"empty": "/", "open": "/v1/forecasts/BTC_USDT", "token": "/v1/forecasts/BTC_USDT"}
             rounds = [
                 {kind: measure(*processes[kind], paths[kind], token, options.seconds) for kind in processes} for _ in range(options.rounds)
-            ]  # fmt: skip
+            ]
             middle = {kind: {key: statistics.median(r[kind][key] for r in rounds) for key in rounds[0][kind]} for kind in processes}
             swapping = processes["swaps"] = start("swaps", home, exchange.url, 0.3)
             still = measure(*swapping, paths["token"], token, max(options.seconds, 10), 4, 0.02)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Plain', 'ME', 'UPDATE_MODELS', 'SILENT', 'read_refusal', 'error_of', 'local_token', 'Call', 'read_frame',
            'Record', 'Memory', 'pause_after', 'unreachable', 'answer_of', 'News', 'NewsReader', 'Waiting', 'Client',
-           'Awaited', 'AsyncClient', 'Trouble', 'PlainClient']
+           'Trouble', 'Awaited', 'PlainClient']
 
 # %% ../nbs/14_client.ipynb #c741af00
 import asyncio
@@ -337,105 +337,6 @@ class Client(Waiting):
         except SILENT as e:
             raise unreachable(self.url, e) from None
 
-# %% ../nbs/14_client.ipynb #07ba37b4
-class Awaited:
-    "A connection to the API, awaited; use it in an `async with` block or `close` it."
-
-    refusal: Callable[[httpx.Response], Exception] = staticmethod(error_of)
-    lost: Callable[[str, Exception], Exception] = staticmethod(unreachable)
-
-    def __init__(self, url: str = "http://127.0.0.1:8750", token: str | None = None, *, timeout: float = 10.0) -> None:
-        self.url, self.memory = url.rstrip("/"), Memory()
-        self._http = httpx.AsyncClient(**_options(self.url, token, timeout))
-
-    async def send(self, call: Call[T]) -> T:
-        "Send a call, or take its answer from memory."
-        if (body := self.memory.recall(call)) is not None:
-            return call.read(orjson.loads(body))
-        tried = 0
-        while True:
-            try:
-                response = await self._http.request(call.method, call.path, params=call.params or None, json=call.body, headers=self.memory.headers(call))
-            except SILENT as e:
-                raise self.lost(self.url, e) from None
-            if (pause := pause_after(call, response, tried)) is None:
-                return answer_of(call, response, self.memory, self.refusal)
-            await asyncio.sleep(pause)
-            tried += 1
-
-    async def lines(self) -> AsyncIterator[str]:
-        "The lines of the stream of news, until the server ends it (after an hour at most)."
-        try:
-            async with self._http.stream("GET", "/v1/stream", timeout=httpx.Timeout(10.0, read=60.0)) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise self.refusal(response)
-                async for line in response.aiter_lines():
-                    yield line
-        except SILENT as e:
-            raise self.lost(self.url, e) from None
-
-    async def close(self) -> None:
-        "Close the connection."
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-# %% ../nbs/14_client.ipynb #86cc68d6
-class AsyncClient(Awaited):
-    "The API, awaited."
-
-    async def forecast(self, pair: "str | Pair") -> "Forecast":
-        "The newest forecast of a pair, or its abstention."
-        return await self.send(_forecast(pair))
-
-    async def forecasts(self) -> "list[Forecast]":
-        "The newest forecasts of all pairs."
-        return await self.send(_forecasts())
-
-    async def candles(self, pair: "str | Pair", hours: int = 120) -> "pd.DataFrame":
-        "The newest closed candles of a pair."
-        return await self.send(_candles(pair, hours))
-
-    async def track_record(self, pair: "str | Pair | None" = None) -> Plain:
-        "How the forecasts of a pair, or of all, turned out."
-        return await self.send(_track_record(pair))
-
-    async def models(self, pair: "str | Pair | None" = None) -> list[Plain]:
-        "The serving version of each pair, or all versions of one."
-        return await self.send(_models(pair))
-
-    async def me(self) -> Plain:
-        "Name, role and calls of this month."
-        return await self.send(ME)
-
-    async def login(self, name: str, password: str) -> str:
-        "A token for a name and a password; this client uses it from now on."
-        token = await self.send(_login(name, password))
-        self._http.headers["Authorization"] = f"Bearer {token}"
-        self.memory.held.clear()
-        return token
-
-    async def update_models(self) -> list[str]:
-        "Let the service look for new champions now (admins); the pairs that have a model."
-        return await self.send(UPDATE_MODELS)
-
-    async def rollback(self, pair: "str | Pair", reason: str, version: str | None = None) -> str:
-        "Go back to an earlier champion (admins); the version that is champion now."
-        return await self.send(_rollback(pair, version, reason))
-
-    async def stream(self) -> AsyncIterator[News]:
-        "News as they happen, until the server ends the stream (after an hour at most); forgets what was kept."
-        reader = NewsReader()
-        async for line in self.lines():
-            if news := reader.feed(line):
-                self.memory.held.clear()
-                yield news
-
 # %% ../nbs/14_client.ipynb #b5285802
 class Trouble(Exception):
     "Why there is no answer: a sentence for the viewer, a word, and the status (0: nobody answered)."
@@ -457,21 +358,17 @@ class Trouble(Exception):
             return cls(f"the API at {url} does not answer in time", "slow")
         return cls(f"the API at {url} cannot be reached", "down")
 
-# %% ../nbs/14_client.ipynb #65dd0ca8
-class PlainClient(Awaited):
-    "The API as plain data, awaited; `of` makes one from another client."
+# %% ../nbs/14_client.ipynb #07ba37b4
+class Awaited:
+    "A connection to the API, awaited; use it in an `async with` block or `close` it."
 
-    refusal, lost = staticmethod(Trouble.told), staticmethod(Trouble.silence)
-
-    def __init__(self, url: str = "http://127.0.0.1:8750", token: str = "", *, timeout: float = 10.0, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str = "http://127.0.0.1:8750", token: str = "", *, timeout: float = 10.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self.url, self.memory = url.rstrip("/"), Memory()
         self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, trust_env=False, transport=transport)
         self.token = token
-
-    @classmethod
-    def of(cls, client: Any) -> "PlainClient":
-        "The same address and token as a `Client` or `AsyncClient`."
-        return client if isinstance(client, cls) else cls(client.url, client._http.headers.get("authorization", "").removeprefix("Bearer "))
 
     @property
     def token(self) -> str:
@@ -485,6 +382,42 @@ class PlainClient(Awaited):
         if raw:
             self._http.headers["authorization"] = f"Bearer {raw}"
 
+    async def send(self, call: Call[T]) -> T:
+        "Send a call, or take its answer from memory."
+        if (body := self.memory.recall(call)) is not None:
+            return call.read(orjson.loads(body))
+        tried = 0
+        while True:
+            headers = self.memory.headers(call)
+            try:
+                response = await self._http.request(call.method, call.path, json=call.body, headers=headers)
+            except SILENT as e:
+                raise Trouble.silence(self.url, e) from None
+            if (pause := pause_after(call, response, tried)) is None:
+                return answer_of(call, response, self.memory, Trouble.told)
+            await asyncio.sleep(pause)
+            tried += 1
+
+    async def close(self) -> None:
+        "Close the connection."
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+# %% ../nbs/14_client.ipynb #65dd0ca8
+class PlainClient(Awaited):
+    "The API as plain data, awaited; `of` makes one from a `Client`."
+
+    @classmethod
+    def of(cls, client: Any) -> "PlainClient":
+        "The same address and token as a `Client`."
+        token = client._http.headers.get("authorization", "").removeprefix("Bearer ")
+        return client if isinstance(client, cls) else cls(client.url, token)
+
     async def ask(self, method: str, path: str, body: Plain | None = None) -> Any:
         "The answer to a call; `Trouble` if it is refused or nobody answers."
         return await self.send(Call(method, path, lambda told: told, body=body))
@@ -494,17 +427,24 @@ class PlainClient(Awaited):
         try:
             response = await self._http.get(path)
         except SILENT as e:
-            raise self.lost(self.url, e) from None
+            raise Trouble.silence(self.url, e) from None
         if not response.is_success:
-            raise self.refusal(response)
+            raise Trouble.told(response)
         return response.content
 
     async def stream(self) -> AsyncIterator[News | None]:
         "News as they happen, and None for each sign of life; what was kept is forgotten at every piece of news."
         reader = NewsReader()
-        async for line in self.lines():
-            if line.startswith(("retry", ":")):
-                yield None
-            elif news := reader.feed(line):
-                self.memory.held.clear()
-                yield news
+        try:
+            async with self._http.stream("GET", "/v1/stream", timeout=httpx.Timeout(10.0, read=60.0)) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise Trouble.told(response)
+                async for line in response.aiter_lines():
+                    if line.startswith(("retry", ":")):
+                        yield None
+                    elif news := reader.feed(line):
+                        self.memory.held.clear()
+                        yield news
+        except SILENT as e:
+            raise Trouble.silence(self.url, e) from None

@@ -645,7 +645,7 @@ class ForecastView(W.Box):
 
 
 class PairDashboard(W.VBox):
-    "A pair in a notebook: forecast, chart, live. `client` is a `Client`, an `AsyncClient` or an `PlainClient`."
+    "A pair in a notebook: forecast, chart, live. `client` is a `Client` or a `PlainClient`."
 
     def __init__(self, client: Any, pair: str = "") -> None:
         self.feed = Feed(PlainClient.of(client), pair)

@@ -51,6 +51,7 @@ class World:
     service: Service
     app: object
     tokens: dict[str, str]
+    ticks: list[float]  # seconds on the clock of the limits; step them
 
     def client(self, who: str | None = "member", **headers: str) -> TestClient:
         if who:
@@ -89,6 +90,7 @@ def make_people(engine: Engine, now: pd.Timestamp = NOW) -> dict[str, str]:
 
 
 def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, candles: int = 0, **options) -> World:
+    ticks = [0.0]
     settings = get_settings(home=home, database_url=url or None, exchange_url="http://127.0.0.1:9")
     engine = connect(settings.db_url, wait=wait)
     migrate(engine)
@@ -101,7 +103,8 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     if candles:
         with ReplayServer({"BTC_USDT": load_sample("BTC_USDT")}, now=NOW, label=SAMPLE_LABEL) as exchange:
             service.parts.candles.update(BinanceClient(exchange.url), "BTC_USDT", "1h", rows=candles)
-    world = World(settings, engine, service, create_app(service, engine, settings, clock, **options), make_people(engine))
+    app = create_app(service, engine, settings, clock, ticks=lambda: ticks[0], **options)
+    world = World(settings, engine, service, app, make_people(engine), ticks)
     world.show(a_forecast())
     return world
 
@@ -118,7 +121,15 @@ class Served:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(60)
+
+
+def until(condition, seconds: float = 60) -> None:
+    "Wait for something that must come; the limit is generous, since the machine may be busy."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

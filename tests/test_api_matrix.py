@@ -142,7 +142,7 @@ def test_schemathesis(world):
         @settings(
             max_examples=-(-cases // len(modes)), deadline=None, database=None, derandomize=True, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         @given(case=operation.as_strategy(generation_mode=mode))
         def one(case):
             response = case.call(headers=headers)
