@@ -20,10 +20,10 @@ import asyncio
 import hashlib
 import importlib.util
 import ipaddress
-import json
 import logging
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -166,22 +166,26 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 class JsonLines(logging.Formatter):
     "Each record as one JSON object on one line, without secrets."
 
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
-
     def format(self, record: logging.LogRecord) -> str:
-        "The line; `extra={'facts': {...}}` adds fields to it."
-        line = {"event": scrub(record.getMessage()), **getattr(record, "facts", {})}
+        "The line; `facts` of a record are fields of it, words of our own."
+        line = {"event": _told(record.getMessage()), **getattr(record, "facts", {})}
         if request_id := REQUEST_ID.get():
             line["request_id"] = request_id
         line["level"] = record.levelname.lower()
         line["timestamp"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         if record.exc_info:
-            line["exception"] = scrub(self.formatException(record.exc_info))
-        return self.encode(line).encode("utf-8", "backslashreplace").decode()
+            line["exception"] = _told(self.formatException(record.exc_info))
+        return orjson.dumps(line).decode()
 
-# %% ../nbs/13_api.ipynb #0876cb78
+
+def _told(text: str) -> str:
+    "A text as it may stand in a line, however odd it is."
+    return scrub(text).encode("utf-8", "backslashreplace").decode()
+
+# %% ../nbs/13_api.ipynb #786f5741
 def configure_logging(stream: Any = None, level: str = "INFO") -> None:
     "JSON lines without secrets from every logger of this process, to `stream` (default: stderr)."
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False  # not in a line
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=level, force=True)
@@ -189,8 +193,9 @@ def configure_logging(stream: Any = None, level: str = "INFO") -> None:
 
 def _log_request(method: str, route: str, status: int, seconds: float, user: str) -> None:
     "One line about an answer; all its words are our own."
-    facts = {"method": method, "route": route, "status": status, "ms": int(seconds * 1e5) / 100, "user": user}
-    log.info("request", extra={"facts": facts})
+    if log.isEnabledFor(logging.INFO):
+        facts = {"method": method, "route": route, "status": status, "ms": int(seconds * 1e5) / 100, "user": user}
+        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, "request", (), None, extra={"facts": facts}))
 
 # %% ../nbs/13_api.ipynb #6bd04f4c
 class Metrics:
@@ -365,7 +370,7 @@ class Door:
             return await self.app(scope, receive, send)
         start, status = time.perf_counter(), 500
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given.decode() if ID_FORM.fullmatch(given) else os.urandom(16).hex()
+        request_id = given.decode() if ID_FORM.fullmatch(given) else f"{random.getrandbits(128):032x}"
         REQUEST_ID.set(request_id)
         free = (path := scope["path"]) in FREE or path == STREAM
         extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
@@ -375,8 +380,10 @@ class Door:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *extra]
-            async with asyncio.timeout(PATIENCE if message.get("more_body") else None):
-                await send(message)
+            if message.get("more_body"):
+                async with asyncio.timeout(PATIENCE):
+                    return await send(message)
+            await send(message)
 
         self.running += not free
         try:
@@ -678,7 +685,7 @@ def _pair(text: str) -> str:
 SHAPE = Path(description="base and quote asset", json_schema_extra={"pattern": PAIR_FORM}, examples=["BTC_USDT"])
 PairText = Annotated[str, BeforeValidator(_pair), SHAPE]
 
-# %% ../nbs/13_api.ipynb #0477fd96
+# %% ../nbs/13_api.ipynb #4e443bc9
 def _answer_of(api: Api, pair: str) -> Answer:
     "What the service has at hand about a pair, or a `Refusal`."
     if (state := api.service.states.get((pair, INTERVAL))) and state.answer:
@@ -700,9 +707,9 @@ def _max_age(api: Api, etag: str, until: pd.Timestamp) -> str:
     return text
 
 
-def _ready(request: Request, body: bytes, etag: str, until: pd.Timestamp) -> Response:
+def _ready(api: Api, request: Request, body: bytes, etag: str, until: pd.Timestamp) -> Response:
     "Ready bytes on their way: 304 if the caller has them already."
-    headers = {"ETag": etag, "Cache-Control": _max_age(_api(request), etag, until)}
+    headers = {"ETag": etag, "Cache-Control": _max_age(api, etag, until)}
     if caller := request.scope.get("caller"):
         headers["X-Calls-Left"] = str(caller.left)
     had = next((value.decode("latin-1") for name, value in request.scope["headers"] if name == b"if-none-match"), "")
@@ -734,8 +741,9 @@ NOT_NEW = {"description": "Nothing new since the `ETag` in `If-None-Match`."}
 @router.get("/v1/forecasts/{pair}", summary="The newest forecast of a pair", **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW))
 async def _forecast(request: Request, pair: PairText) -> Response:
     "An abstention (`status` is `abstain`, with a reason) is a normal answer."
-    answer = _answer_of(_api(request), pair)
-    return _ready(request, answer.body, answer.etag, answer.until)
+    api = _api(request)
+    answer = _answer_of(api, pair)
+    return _ready(api, request, answer.body, answer.etag, answer.until)
 
 
 @router.get("/v1/forecasts", summary="The newest forecasts of all pairs", **guard("counted", Forecasts, _304=NOT_NEW))
@@ -745,7 +753,7 @@ async def _forecasts(request: Request) -> Response:
     answers = [state.answer for state in api.states.values() if state.answer]
     etag = '"' + hashlib.sha256("".join(answer.etag for answer in answers).encode()).hexdigest()[:32] + '"'
     until = min((answer.until for answer in answers), default=LONG_AGO)
-    return _ready(request, b'{"forecasts":[' + b",".join(answer.body for answer in answers) + b"]}", etag, until)
+    return _ready(api, request, b'{"forecasts":[' + b",".join(answer.body for answer in answers) + b"]}", etag, until)
 
 # %% ../nbs/13_api.ipynb #d0a4367f
 class Candles(BaseModel):
@@ -792,7 +800,7 @@ def _predict(request: Request, currency: Asset, compare: Quote, candles: bool = 
     api, pair = _api(request), _pair(f"{currency}_{compare}")
     answer = _answer_of(api, pair)
     if not candles:
-        return _ready(request, answer.body, answer.etag, answer.until)
+        return _ready(api, request, answer.body, answer.etag, answer.until)
     return _json({**answer.forecast.to_dict(), "candles": _candles_of(api, pair, 120)})
 
 # %% ../nbs/13_api.ipynb #75bdd24c

@@ -36,7 +36,8 @@ def run(code, site=ROOT, **env):
 def test_a_wheel_carries_notebooks_sample_recipes_and_types(wheel):
     names = {str(p.relative_to(wheel / "make_us_rich")) for p in (wheel / "make_us_rich").rglob("*") if p.is_file()}
     wanted = {"notebooks/run_train.ipynb", "sample/NOTICE", "sample/BTC_USDT-1h.parquet", "sample/SOL_USDT-1h.parquet",
-              "recipes/default.yaml", "recipes/original.yaml", "py.typed"}  # fmt: skip
+              "recipes/default.yaml", "recipes/original.yaml", "py.typed",
+              "templates/api/page.html", "templates/api/login.html", "templates/api/docs.html"}  # fmt: skip
     assert wanted <= names, wanted - names
     assert not any(n.endswith((".onnx", ".ckpt", ".pkl")) for n in names)
 
