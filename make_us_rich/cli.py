@@ -192,30 +192,35 @@ def train(
 
 
 def _train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any) -> int:
-    from make_us_rich.candles import Interval, Pair
-    from make_us_rich.recipe import load_recipe
-
+    "The exit code of one training; an error is said and stops no other pair."
     try:
-        name, _, _ = Pair.parse(pair), Interval.parse(interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
-        from make_us_rich.evidence import keep_page, warm_up
-        from make_us_rich.run_ledger import run_recorded
-
-        with _progress(pair) as show:
-            show("fetching candles")
-            warm_up()
-            outcome = run_recorded(
-                str(name), interval=interval, recipe=recipe, parameters={"overrides": overrides}, settings=settings, ledger=_ledger(settings), again=True,
-                on_wait=show, on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"), **options,
-            )  # fmt: skip
-            outcome = keep_page(outcome, settings)
+        return _train_and_tell(pair, interval, recipe, overrides, settings, **options).exit_code
     except MakeUsRichError as e:
         _say(f"mkrich: {e}")
         return e.exit_code
+
+
+def _train_and_tell(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any) -> "Outcome":
+    from make_us_rich.candles import Interval, Pair
+    from make_us_rich.recipe import load_recipe
+
+    name, _, _ = Pair.parse(pair), Interval.parse(interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
+    from make_us_rich.evidence import keep_page, warm_up
+    from make_us_rich.run_ledger import run_recorded
+
+    with _progress(pair) as show:
+        show("fetching candles")
+        warm_up()
+        outcome = run_recorded(
+            str(name), interval=interval, recipe=recipe, parameters={"overrides": overrides}, settings=settings, ledger=_ledger(settings), again=True,
+            on_wait=show, on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"), **options,
+        )  # fmt: skip
+        outcome = keep_page(outcome, settings)
     if outcome.state == "failed" and not outcome.notebook:  # nothing was started
         _say(f"mkrich: {outcome.reason}")
     else:
         _console().print(_outcome_lines(outcome), soft_wrap=True)
-    return outcome.exit_code
+    return outcome
 
 
 def _ledger(settings: Settings) -> "RunLedger":
@@ -232,8 +237,13 @@ def _outcome_lines(outcome: "Outcome") -> str:
     colour = {"published": "green", "skipped": "green", "refused": "yellow"}.get(outcome.state, "red")
     lines = [f"[bold]{outcome.pair}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"]
     lines += [escape(f"  {outcome.reason}")] if outcome.reason else []
-    report = next((path for path in (outcome.page, outcome.notebook) if path and Path(path).exists()), "")
+    report = _report(outcome)
     return "\n".join(lines + ([escape(f"  report: {report}")] if report else []))
+
+
+def _report(outcome: "Outcome") -> str:
+    "Where a person reads about this run: the page, else the executed notebook; empty if the run left neither."
+    return next((str(Path(path).absolute()) for path in (outcome.page, outcome.notebook) if path and Path(path).exists()), "")
 
 # %% ../nbs/18_cli.ipynb #05350dad
 @app.command(epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | [bold]mkrich forecast --api http://127.0.0.1:8750[/]")
@@ -516,9 +526,9 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     with ReplayServer({name: frame}, label=SAMPLE_LABEL) as exchange:
         settings = get_settings(home=base.home / "demo", runs=base.runs / "demo", exchange_url=exchange.url, models_url="")
         _say(f"A replay exchange over the {SAMPLE_LABEL} of {name} answers at {exchange.url}; its clock stands at {utc_iso(exchange.clock.now())}.")
-        code = _train_one(name, "1h", "default", {}, settings)
-        if code:
-            raise typer.Exit(code)
+        outcome = _train_and_tell(name, "1h", "default", {}, settings)
+        if outcome.exit_code:
+            raise typer.Exit(outcome.exit_code)
         store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
         shown = forecast_pair(name, "1h", store, candles, BinanceClient(exchange.url))
     _console().print("")
@@ -526,7 +536,10 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     day = shown.target_open[:10]
     came = frame.loc[frame["timestamp"] == shown.target_open, "close"]
     _console().print(f"This is a {SAMPLE_LABEL}: real candles, but of {day}. Nothing here is about today." + _came(shown, came))
-    _console().print(f"\nWhere to look next:\n  the report of this run   {settings.runs / name}/*/train.html (and train.ipynb)\n  today's market           mkrich train {name} && mkrich forecast {name}\n  this machine             mkrich doctor")
+    _console().print(
+        f"\nWhere to look next:\n  today's market           mkrich train {name} && mkrich forecast {name}\n"
+        f"  this machine             mkrich doctor\n  the report of this run   {escape(_report(outcome))}", soft_wrap=True
+    )  # fmt: skip
 
 
 def _came(shown: "Forecast", came: Any) -> str:

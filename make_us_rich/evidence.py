@@ -8,6 +8,7 @@ __all__ = ['SHORTEST', 'secret_values', 'find_secrets', 'render_html', 'outside_
 
 # %% ../nbs/16b_evidence.ipynb #fa7040c8
 import html
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +144,8 @@ def keep_page(outcome: "Outcome", settings: Settings) -> "Outcome":
         write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
         for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
             ModelStore(settings.store_url).put_page(outcome.pair, outcome.interval, version, page.read_bytes())
+    except ModuleNotFoundError as e:
+        log.warning("the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'", notebook, e.name)
     except Exception as e:
         log.warning("%s", e if isinstance(e, StoreError) else f"the page of {notebook} could not be made: {type(e).__name__}: {e}")
     return told
@@ -155,9 +159,14 @@ def _fallback_of(folder: Path) -> str:
 
 def warm_up() -> None:
     "Import in the background what a page needs, while the run is under way and this process only waits."
-    import importlib
+    threading.Thread(target=_import_page_libraries, daemon=True).start()
 
-    threading.Thread(target=lambda: [importlib.import_module(name) for name in ("nbformat", "nbconvert", "pygments.formatters")], daemon=True).start()
+
+def _import_page_libraries() -> None:
+    "What `render_html` imports; a library that is missing is told by `keep_page`, when the page is due."
+    with suppress(ImportError):
+        for name in ("nbformat", "nbconvert", "pygments.formatters"):
+            importlib.import_module(name)
 
 # %% ../nbs/16b_evidence.ipynb #6d8df7c9
 def clean_runs(runs: Path, models: ModelReader, keep: int = 200, days: float = 30, now: pd.Timestamp | None = None) -> list[Path]:
