@@ -182,10 +182,10 @@ def _told(text: str) -> str:
     "A text as it may stand in a line, however odd it is."
     return scrub(text).encode("utf-8", "backslashreplace").decode()
 
-# %% ../nbs/13_api.ipynb #786f5741
+# %% ../nbs/13_api.ipynb #d042f8b5
 def configure_logging(stream: Any = None, level: str = "INFO") -> None:
     "JSON lines without secrets from every logger of this process, to `stream` (default: stderr)."
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False  # not in a line
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not in a line
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=level, force=True)
@@ -490,11 +490,17 @@ def _loopback(host: str) -> bool:
 def _on_this_machine(request: Request) -> bool:
     return _loopback(_address(request)) and not {"x-forwarded-for", "forwarded", "via"} & set(request.headers)
 
-# %% ../nbs/13_api.ipynb #756e0e7d
+# %% ../nbs/13_api.ipynb #877c66ff
 PRIVATE = ("degraded", "recovered")  # their reasons name files and hosts
 Place = asyncio.Queue[ServerSentEvent | None]  # what waits for one reader; None is the end
 
 
+def _as_news(event: Event) -> ServerSentEvent:
+    "An event as its readers see it."
+    told = event if event.kind not in PRIVATE else replace(event, data={})
+    return ServerSentEvent(event=event.kind, id=str(event.id), raw_data=told.body.decode())
+
+# %% ../nbs/13_api.ipynb #756e0e7d
 class Streams:
     "Fans the service's news out to readers; bounded in readers, in events that wait, and in time."
 
@@ -507,8 +513,7 @@ class Streams:
 
     def publish(self, event: Event) -> None:
         "Send an event to all readers; from any thread, returns at once."
-        told = event if event.kind not in PRIVATE else replace(event, data={})
-        self._soon(ServerSentEvent(event=event.kind, id=str(event.id), raw_data=told.body.decode()))
+        self._soon(_as_news(event))
 
     def close(self) -> None:
         "End all streams, because the server stops."
@@ -641,7 +646,7 @@ def guard(access: Access, answer: Any = None, **responses: dict[str, Any]) -> di
     extra = {"openapi_extra": {"x-access": access, "security": security}}
     return extra | ({"response_model": None} if answer else {}) | {"responses": TROUBLES | shown | {int(k[1:]): v for k, v in responses.items()}}
 
-# %% ../nbs/13_api.ipynb #d725037e
+# %% ../nbs/13_api.ipynb #e63358f6
 def create_app(
     service: Service, engine: Engine, settings: Settings, clock: Clock = system_clock, *,
     most: int = 64, heartbeat: float = 10.0, ticks: Ticks = time.monotonic,
@@ -685,7 +690,7 @@ def _pair(text: str) -> str:
 SHAPE = Path(description="base and quote asset", json_schema_extra={"pattern": PAIR_FORM}, examples=["BTC_USDT"])
 PairText = Annotated[str, BeforeValidator(_pair), SHAPE]
 
-# %% ../nbs/13_api.ipynb #4e443bc9
+# %% ../nbs/13_api.ipynb #e8fb817e
 def _answer_of(api: Api, pair: str) -> Answer:
     "What the service has at hand about a pair, or a `Refusal`."
     if (state := api.service.states.get((pair, INTERVAL))) and state.answer:
@@ -717,7 +722,7 @@ def _ready(api: Api, request: Request, body: bytes, etag: str, until: pd.Timesta
         return Response(status_code=304, headers=headers)
     return Response(body, 200, headers, "application/json")
 
-# %% ../nbs/13_api.ipynb #110c7c5c
+# %% ../nbs/13_api.ipynb #4b383221
 EXAMPLE = Forecast(
     pair="BTC_USDT", interval="1h", status="ok",
     sentence="BTC_USDT at 20:00 UTC: between 36,852.00 and 37,148.00 with 80 % probability, after 37,000.00",
