@@ -45,7 +45,7 @@ import traitlets as T
 from .client import Plain, PlainClient, Trouble
 from .processes import end_tree, start_with_parent
 from .secrets import scrub, without_secrets
-from .warm import Nursery, launch_from
+from .warm import ForkServer, launch_from
 
 if TYPE_CHECKING:
     from make_us_rich.settings import Settings
@@ -1088,7 +1088,7 @@ def _voila() -> None:
     atexit.register(shutil.rmtree, Path(options["notebook"]).parents[1], ignore_errors=True)  # the starter may be gone by then
     logging.setLogRecordFactory(quiet_record)
     if sys.platform == "linux":
-        local_provisioner.launch_kernel = launch_from(Nursery(dict(os.environ), WARM), local_provisioner.launch_kernel)
+        local_provisioner.launch_kernel = launch_from(ForkServer(WARM), local_provisioner.launch_kernel)
     Voila.launch_instance(argv=[options["notebook"]], config=Config(voila_config(options)))
 
 # %% ../nbs/15_dashboard.ipynb #a78eae09

@@ -33,10 +33,10 @@ from .candle_store import CandleStore
 from .candles import POOLED, Interval, Pair
 from .exchange import BinanceClient
 from .model_store import ModelStore
-from .processes import descendants, end_tree, exit_with_parent, path_of, start_with_parent
+from .processes import Started, descendants, end_tree, exit_with_parent, start_with_parent
 from .recipe import Recipe, load_recipe
 from .settings import CandleError, MakeUsRichError, Settings, SettingsError, log, system_clock, utc_iso, write_atomic
-from .warm import Nursery, WarmChild, fork_kernel
+from .warm import ForkServer, fork_kernel
 
 # %% ../nbs/16_runs.ipynb #716d5a01
 EXIT_CODES = {
@@ -158,10 +158,10 @@ def _reporting_engine(report: Callable[..., None]) -> type:
 NICE = 10  # how far a run stands back when others want the processor
 
 
-def execute_child(spec_path: str) -> None:
+def execute_child(spec_path: str, warm: bool = False) -> None:
     "Program of the child process: executes one notebook, reports to `spec['events']`, exits with 0 if every cell ran."
     spec = json.loads(Path(spec_path).read_text())
-    if spec.get("warm"):
+    if warm:
         from jupyter_client.provisioning import local_provisioner
 
         local_provisioner.launch_kernel = fork_kernel()
@@ -220,7 +220,7 @@ def run_notebook(
         (Path(folder) / "spec.json").write_text(json.dumps(spec))
         child = _start_child(Path(folder) / "spec.json", log_file, threads, environment or {})
         seen, in_time = _follow(child, events, started + deadline, on_progress or (lambda cell, of, title: None))
-    end = _explain(seen, child.returncode, None if in_time else deadline)
+    end = _explain(seen, child.poll(), None if in_time else deadline)
     end.number, end.seconds = seen.get("cell", 0), round(time.monotonic() - started, 1)
     if end.exit_class == "ok":
         os.replace(part, output)
@@ -230,34 +230,27 @@ def run_notebook(
     return end
 
 # %% ../nbs/16_runs.ipynb #909b9b4e
-def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> "subprocess.Popen[bytes] | WarmChild":
+def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> Started:
+    "The process that executes a run's notebook: forked if there is a fork server, else started."
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")}
     env = inherited | environment | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
-    if _NURSERY and (warm := _warm_child(spec, log_file.name, env)):
-        return warm
+    for server in _FORK_SERVER:
+        if (child := server.start(execute_child, str(spec), True, environment=env, log_path=log_file.name)) is not None:
+            return child
     return start_with_parent(execute_child, str(spec), env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
 
 
-_NURSERY: list[Nursery] = []  # at most one; filled by `start_warm`
+_FORK_SERVER: list[ForkServer] = []  # at most one; filled by `start_warm`
 
 
 def start_warm() -> None:
     "From now on the runs of this process are forked from one that has its libraries loaded (Linux only)."
-    if sys.platform == "linux" and not (_NURSERY and not _NURSERY[0].gone):
-        _NURSERY[:] = [Nursery({k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")})]
+    if sys.platform == "linux" and not _FORK_SERVER:
+        _FORK_SERVER.append(ForkServer())
 
 
-def _warm_child(spec: Path, log_name: str, env: dict[str, str]) -> WarmChild | None:
-    spec.write_text(json.dumps(json.loads(spec.read_text()) | {"warm": True}))
-    child = _NURSERY[0].start(path_of(execute_child), str(spec), log_name, env)
-    if child is None:
-        _NURSERY.clear()
-        spec.write_text(json.dumps(json.loads(spec.read_text()) | {"warm": False}))
-    return child
-
-
-def _follow(child: "subprocess.Popen[bytes] | WarmChild", events: Path, until: float, on_progress: Progress) -> tuple[dict[str, Any], bool]:
+def _follow(child: Started, events: Path, until: float, on_progress: Progress) -> tuple[dict[str, Any], bool]:
     "What the child reported until it ended or time was up, and whether it ended in time; no process of its tree is left behind."
     seen: dict[str, Any] = {}
     family: set[psutil.Process] = set()
