@@ -77,7 +77,7 @@ def play(settings, names, jobs):
     wall = time.perf_counter() - wall
     rows = sorted(RunLedger(schedule.watch.engine).rows(limit=len(names)), key=lambda row: row.started_at)
     schedule.watch.engine.dispose()
-    warm = rows[jobs:] or rows  # a worker's first run waits for its nursery
+    warm = rows[jobs:] or rows  # a worker's first run waits for its fork server
     return {"pairs": len(names), "jobs": jobs, "wall": wall, "inside": mean(r.seconds for r in warm), **parts(warm),
             "states": dict(Counter(r.state for r in rows)), "reasons": [r.reason[:90] for r in rows if r.state == "failed"]}  # fmt: skip
 

@@ -33,6 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli import _console, _outcome_lines, _progress, _say, _worst, app
+from .processes import end_tree, start_with_parent
 from .settings import Clock, MakeUsRichError, Settings, SettingsError, get_settings, system_clock, utc_iso
 
 if TYPE_CHECKING:
@@ -96,44 +97,16 @@ def check_port(name: str, port: int, option: str) -> None:
 # %% ../nbs/18d_cli_up.ipynb #d712e7a0
 def end_part(part: Part, patience: float = 15.0) -> None:
     "Stop a part, with everything that it has started."
-    import psutil
-
-    if part.alive and part.process is not None:
-        family = psutil.Process(part.process.pid).children(recursive=True)
-        part.process.send_signal(signal.SIGTERM)
-        try:
-            part.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            family += psutil.Process(part.process.pid).children(recursive=True)
-            part.process.kill()
-            part.process.wait(5)
-        _, left = psutil.wait_procs(family, timeout=3)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=3)
-    if part.process is not None and part.process.stdin is not None:
-        part.process.stdin.close()
+    if part.process is not None:
+        end_tree(part.process, patience)
     if part.finish is not None:
         part.finish()
     part.process, part.finish, part.state = None, None, "ended"
 
 # %% ../nbs/18d_cli_up.ipynb #253d1dcf
-def _go_with_starter(patience: float = 15.0) -> None:
-    "End this process when the other end of the standard input closes."
-    import psutil
-
-    os.read(0, 1)  # waits; not sys.stdin.read(), whose lock would hinder the end of the interpreter
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
-    os._exit(1)
-
-
 def _be_a_part() -> None:
     "Program of a part: read the order, do it, end with a sentence if that is not possible."
     order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_go_with_starter, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
@@ -147,14 +120,13 @@ def begin_part(role: str, settings: Settings, to_terminal: bool = False, **order
     "A way to start a part: a role, its settings, and what else it must know; `to_terminal` shows what it says instead of logging it."
 
     def begin(part: Part) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "from make_us_rich.cli_up import _be_a_part; _be_a_part()"]
         part.log.parent.mkdir(parents=True, exist_ok=True)
         with part.log.open("wb") as log:
             out, error = (None, None) if to_terminal else (log, log)
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=error, start_new_session=True)
+            process = start_with_parent(_be_a_part, patience=15, stdin=subprocess.PIPE, stdout=out, stderr=error)
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"role": role, "settings": settings.model_dump(mode="json"), **order}).encode() + b"\n")
-        process.stdin.flush()
+        with process.stdin as orders:
+            orders.write(json.dumps({"role": role, "settings": settings.model_dump(mode="json"), **order}).encode() + b"\n")
         return process
 
     return begin

@@ -23,7 +23,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -31,7 +30,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -45,7 +43,9 @@ import ipywidgets as W
 import traitlets as T
 
 from .client import Plain, PlainClient, Trouble
-from .warm import Nursery, launch_from
+from .processes import end_tree, start_with_parent
+from .secrets import scrub, without_secrets
+from .warm import ForkServer, launch_from
 
 if TYPE_CHECKING:
     from make_us_rich.settings import Settings
@@ -1074,14 +1074,8 @@ def voila_config(options: Plain) -> Plain:
 def quiet_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     "A log record without the secret that opens the page."
     record = logging.LogRecord(*args, **kwargs)
-    record.msg, record.args = re.sub(r"(token=)[^&\s]+", r"\1***", record.getMessage()), ()
+    record.msg, record.args = scrub(record.getMessage()), ()
     return record
-
-
-def _go_with_starter() -> None:
-    "End when the starter closes its end of the standard input, or is gone without a word."
-    os.read(0, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _voila() -> None:
@@ -1091,11 +1085,10 @@ def _voila() -> None:
     from voila.app import Voila
 
     options = json.loads(sys.stdin.readline())
-    threading.Thread(target=_go_with_starter, daemon=True).start()
     atexit.register(shutil.rmtree, Path(options["notebook"]).parents[1], ignore_errors=True)  # the starter may be gone by then
     logging.setLogRecordFactory(quiet_record)
     if sys.platform == "linux":
-        local_provisioner.launch_kernel = launch_from(Nursery(dict(os.environ), WARM), local_provisioner.launch_kernel)
+        local_provisioner.launch_kernel = launch_from(ForkServer(WARM), local_provisioner.launch_kernel)
     Voila.launch_instance(argv=[options["notebook"]], config=Config(voila_config(options)))
 
 # %% ../nbs/15_dashboard.ipynb #a78eae09
@@ -1110,15 +1103,7 @@ class Running:
 
     def stop(self) -> None:
         "End it with all viewers' processes."
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(5)
-        if self.process.stdin:
-            self.process.stdin.close()
+        end_tree(self.process, patience=15)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -1162,15 +1147,14 @@ def start_dashboard(
     _prepare(folder)
     own = {"JUPYTER_PATH": str(folder / "share"), "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "run"), "IPYTHONDIR": str(folder / "ipython")}
     own |= {"MKRICH_API_URL": api_url, "MKRICH_TOKEN_FILE": str(local) if near else "", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2))}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MUR_", "AWS_", "WANDB_"))}
+    kept = {name: value for name, value in without_secrets(os.environ).items() if not name.startswith(("MUR_", "AWS_", "WANDB_"))}
     options = {"notebook": str(folder / "page" / "dashboard.ipynb"), "host": host, "port": port, "token": secret, "viewers": viewers, "base_url": base_url, "idle": idle}
-    command = [sys.executable, "-c", "from make_us_rich.dashboard import _voila; _voila()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=kept | own, start_new_session=True, cwd=folder)
+    process = start_with_parent(_voila, patience=15, stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=kept | own, cwd=folder)
     url = f"http://{host}:{port}{base_url}"
     running = Running(process, url + (f"?token={secret}" if secret else ""), url, folder)
-    if process.stdin:
-        process.stdin.write(json.dumps(options).encode() + b"\n")
-        process.stdin.flush()  # left open: the page server goes when this end closes
+    assert process.stdin is not None
+    with process.stdin as orders:
+        orders.write(json.dumps(options).encode() + b"\n")
     _await(running, host, port)
     return running
 

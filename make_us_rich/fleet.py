@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENGINE', 'QUIET', 'fleet_run', 'Wanted', 'is_missing', 'missing_runs', 'newest_row', 'moments', 'deployments',
-           'find_prefect', 'engine_environment', 'check_server', 'register', 'die_with_parent', 'warn_of_one_host']
+           'find_prefect', 'engine_environment', 'check_server', 'register', 'warn_of_one_host']
 
 # %% ../nbs/17a_fleet.ipynb #cd607cc0
 import json
 import os
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -185,13 +184,6 @@ def register(told: dict[str, Any], python: Path, environment: dict[str, str]) ->
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 # %% ../nbs/17a_fleet.ipynb #ef19f7b6
-def die_with_parent() -> None:
-    "From now on end, with all that we started, when the process that started us ends."
-    from make_us_rich.runs import _die_with
-
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-
-
 def warn_of_one_host(settings: Settings) -> list[str]:
     "What is not shared yet, so that workers on more than one host would not see each other's work."
     found = []

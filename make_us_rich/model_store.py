@@ -33,6 +33,7 @@ from obstore.store import LocalStore, from_url
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from .candles import VALUE_COLUMNS, Interval, Pair
+from .secrets import scrub, shown
 from .settings import LEVELS, Clock, GateRefused, StoreError, log, sync_folder, system_clock, write_atomic
 
 # %% ../nbs/10_model_store.ipynb #a27050e9
@@ -40,7 +41,7 @@ class Objects:
     "Named objects below one URL: read whole, created once, replaced only by one who saw what is replaced."
 
     def __init__(self, url: str, name: str = "model store", setting: str = "MUR_MODELS_URL") -> None:
-        self.url, self.name, self.setting, self._tried = url, name, setting, False
+        self.url, self.name, self.setting, self._tried = shown(url), name, setting, False
         self.root: Path | None = None
         with self._told("opened"):
             parts = urlsplit(url)
@@ -61,7 +62,7 @@ class Objects:
         try:
             yield
         except (BaseError, OSError, ValueError, NotImplementedError) as e:
-            why = re.split(r"\n|Debug source", str(e))[0].strip().rstrip(".")
+            why = scrub(re.split(r"\n|Debug source", str(e))[0].strip().rstrip("."))
             raise StoreError(f"the {self.name} {self.url} cannot be {what}: {why}; check {self.setting}, its rights and its disk") from e
 
     def lock(self, folder: str) -> AbstractContextManager[object]:
@@ -617,7 +618,7 @@ class ModelReader:
     def _promoted(self, pair: str | Pair, interval: str | Interval) -> Pointer:
         if (pointer := self.champion(pair, interval)) is None:
             name = f"{Pair.parse(pair)} {interval}"
-            raise StoreError(f"{name} has no published model in {self.url}; run: mkrich train {Pair.parse(pair)}", "no_model")
+            raise StoreError(f"{name} has no published model in {self.objects.url}; run: mkrich train {Pair.parse(pair)}", "no_model")
         return pointer
 
 # %% ../nbs/10_model_store.ipynb #bcccf20b
@@ -655,7 +656,7 @@ class ModelStore(ModelReader):
         "Put the page of its run beside a version that is there."
         folder = place(pair, interval, version)
         if self.objects.read(f"{folder}/manifest.json", TEXT_LIMIT) is None:
-            raise StoreError(f"version {version} of {pair} is not in {self.url} (any more), so it takes no page; train again", "unknown_version")
+            raise StoreError(f"version {version} of {pair} is not in {self.objects.url} (any more), so it takes no page; train again", "unknown_version")
         replace(self.objects, f"{folder}/{PAGE}", page)
 
     def clean(self, keep: int = 10, grace: str = "1h") -> list[str]:

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,9 +33,10 @@ from .candle_store import CandleStore
 from .candles import POOLED, Interval, Pair
 from .exchange import BinanceClient
 from .model_store import ModelStore
+from .processes import Started, descendants, end_tree, exit_with_parent, start_with_parent
 from .recipe import Recipe, load_recipe
 from .settings import CandleError, MakeUsRichError, Settings, SettingsError, log, system_clock, utc_iso, write_atomic
-from .warm import Nursery, WarmChild, fork_kernel
+from .warm import ForkServer, fork_kernel
 
 # %% ../nbs/16_runs.ipynb #716d5a01
 EXIT_CODES = {
@@ -158,17 +158,16 @@ def _reporting_engine(report: Callable[..., None]) -> type:
 NICE = 10  # how far a run stands back when others want the processor
 
 
-def execute_child(spec_path: str) -> None:
+def execute_child(spec_path: str, warm: bool = False) -> None:
     "Program of the child process: executes one notebook, reports to `spec['events']`, exits with 0 if every cell ran."
     spec = json.loads(Path(spec_path).read_text())
-    if spec.get("warm"):
+    if warm:
         from jupyter_client.provisioning import local_provisioner
 
         local_provisioner.launch_kernel = fork_kernel()
-        spec["parent"] = os.getppid()
+        exit_with_parent()
     if hasattr(os, "nice"):
         os.nice(NICE)
-    threading.Thread(target=_die_with, args=(spec["parent"],), daemon=True).start()
     events = open(spec["events"], "a", buffering=1)  # noqa: SIM115  (open until this process ends)
 
     def report(**event: Any) -> None:
@@ -187,14 +186,6 @@ def execute_child(spec_path: str) -> None:
     except papermill.PapermillExecutionError as e:
         report(ename=e.ename, evalue=e.evalue)
         sys.exit(1)
-
-
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
-    os._exit(1)
 
 # %% ../nbs/16_runs.ipynb #be336ddb
 @dataclass
@@ -225,11 +216,11 @@ def run_notebook(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mkrich-run-") as folder, (output.parent / "log.txt").open("w") as log_file:
         events = Path(folder) / "events.jsonl"
-        spec = {"notebook": str(notebook), "output": str(part), "parameters": parameters, "events": str(events), "parent": os.getpid()}
+        spec = {"notebook": str(notebook), "output": str(part), "parameters": parameters, "events": str(events)}
         (Path(folder) / "spec.json").write_text(json.dumps(spec))
         child = _start_child(Path(folder) / "spec.json", log_file, threads, environment or {})
         seen, in_time = _follow(child, events, started + deadline, on_progress or (lambda cell, of, title: None))
-    end = _explain(seen, child.returncode, None if in_time else deadline)
+    end = _explain(seen, child.poll(), None if in_time else deadline)
     end.number, end.seconds = seen.get("cell", 0), round(time.monotonic() - started, 1)
     if end.exit_class == "ok":
         os.replace(part, output)
@@ -239,36 +230,27 @@ def run_notebook(
     return end
 
 # %% ../nbs/16_runs.ipynb #909b9b4e
-def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> "subprocess.Popen[bytes] | WarmChild":
+def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> Started:
+    "The process that executes a run's notebook: forked if there is a fork server, else started."
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")}
     env = inherited | environment | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
-    program = "import sys; from make_us_rich.runs import execute_child; execute_child(sys.argv[1])"
-    command = [sys.executable, "-c", program, str(spec)]
-    if _NURSERY and (warm := _warm_child(spec, log_file.name, env)):
-        return warm
-    return subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+    for server in _FORK_SERVER:
+        if (child := server.start(execute_child, str(spec), True, environment=env, log_path=log_file.name)) is not None:
+            return child
+    return start_with_parent(execute_child, str(spec), env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
 
 
-_NURSERY: list[Nursery] = []  # at most one; filled by `start_warm`
+_FORK_SERVER: list[ForkServer] = []  # at most one; filled by `start_warm`
 
 
 def start_warm() -> None:
     "From now on the runs of this process are forked from one that has its libraries loaded (Linux only)."
-    if sys.platform == "linux" and not (_NURSERY and not _NURSERY[0].gone):
-        _NURSERY[:] = [Nursery({k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")})]
+    if sys.platform == "linux" and not _FORK_SERVER:
+        _FORK_SERVER.append(ForkServer())
 
 
-def _warm_child(spec: Path, log_name: str, env: dict[str, str]) -> WarmChild | None:
-    spec.write_text(json.dumps(json.loads(spec.read_text()) | {"warm": True}))
-    child = _NURSERY[0].start("make_us_rich.runs:execute_child", str(spec), log_name, env)
-    if child is None:
-        _NURSERY.clear()
-        spec.write_text(json.dumps(json.loads(spec.read_text()) | {"warm": False}))
-    return child
-
-
-def _follow(child: "subprocess.Popen[bytes] | WarmChild", events: Path, until: float, on_progress: Progress) -> tuple[dict[str, Any], bool]:
+def _follow(child: Started, events: Path, until: float, on_progress: Progress) -> tuple[dict[str, Any], bool]:
     "What the child reported until it ended or time was up, and whether it ended in time; no process of its tree is left behind."
     seen: dict[str, Any] = {}
     family: set[psutil.Process] = set()
@@ -277,7 +259,7 @@ def _follow(child: "subprocess.Popen[bytes] | WarmChild", events: Path, until: f
         while True:
             ended = child.poll() is not None
             if time.monotonic() > looked + 1:
-                family, looked = family | _descendants(child.pid), time.monotonic()
+                family, looked = family | descendants(child.pid), time.monotonic()
             lines = events.read_text().splitlines(keepends=True) if events.exists() else []
             for line in lines[read:]:
                 if not line.endswith("\n"):
@@ -290,26 +272,7 @@ def _follow(child: "subprocess.Popen[bytes] | WarmChild", events: Path, until: f
                 return seen, ended
             time.sleep(0.1)
     finally:
-        _kill(child, family | _descendants(child.pid))
-
-
-def _descendants(pid: int) -> set[psutil.Process]:
-    try:
-        return set(psutil.Process(pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return set()
-
-
-def _kill(child: "subprocess.Popen[bytes] | WarmChild", family: set[psutil.Process]) -> None:
-    if child.poll() is None:
-        child.kill()
-    for process in family:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(list(family), timeout=5)
-    child.wait()
+        end_tree(child, seen=family)
 
 # %% ../nbs/16_runs.ipynb #ce750d6c
 _CLASS_OF_ERROR = {"CandleError": "no_data", "SettingsError": "settings", "ExchangeError": "exchange"}

@@ -45,6 +45,7 @@ from sqlalchemy import select
 from .alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, low_disk
 from .candles import POOLED, Interval, Pair
 from .database import RunRow, connect, migrate, session
+from .processes import end_tree, start_with_parent
 from .settings import Settings, SettingsError, StoreError, get_settings, log, system_clock, utc_iso
 
 # %% ../nbs/17_schedule.ipynb #0fadb643
@@ -254,9 +255,6 @@ def serve_worker() -> None:
     "Program of a worker process: orders on the standard input, answers on the standard output."
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from make_us_rich.runs import _die_with
-
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         answers.write(json.dumps(obey(json.loads(line)), default=str) + "\n")
 
@@ -353,27 +351,17 @@ class Worker:
             errors: Any = self.log_path.open("a")
         except OSError:
             errors = subprocess.DEVNULL  # a full disk must not keep a worker from saying so
-        command = [sys.executable, "-c", "from make_us_rich.schedule import serve_worker; serve_worker()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        self.process = start_with_parent(serve_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
         return self.process
 
     def _kill(self) -> None:
-        import psutil
-
-        if self.process is None or self.process.poll() is not None:
-            return
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        for each in [*family, self.process]:
-            try:
-                each.kill()
-            except (psutil.NoSuchProcess, ProcessLookupError):
-                continue
+        if self.process is not None:
+            end_tree(self.process)
 
     def close(self) -> None:
         "End the worker and whatever it has started."
         self._kill()
         if self.process is not None:
-            self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
                     pipe.close()

@@ -44,6 +44,7 @@ from .ledger import BASE_ROWS, HeldCandles, HeldModel, Ledger, RememberedModel, 
 from .model_store import UNUSABLE, Bundle, ModelStore, Pointer, load_bundle
 from .model_store import replace as put_object
 from .pool import served_pairs, serving_champion
+from .secrets import shown
 from make_us_rich.settings import (
     Clock, ExchangeError, ForecastUnavailable, MakeUsRichError, Settings, StoreError, get_settings, log, system_clock, utc_iso, write_atomic,
 )  # fmt: skip
@@ -684,7 +685,7 @@ def turn(parts: Parts, state: PairState) -> None:
 def make_parts(settings: Settings, engine: Engine, client: BinanceClient | None, clock: Clock | None, jitter: Callable[[], float] | None, public: bool) -> Parts:
     "The parts that the settings describe; nobody is called yet."
     client = client or BinanceClient(settings.exchange_url)
-    host = re.sub(r"[^A-Za-z0-9.-]", "-", settings.exchange_url.partition("://")[2])[:80]
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", shown(settings.exchange_url).partition("://")[2])[:80]
     market = Market(client, Breaker(settings.home / f"pause-{host}.json", clock or system_clock), clock or running_clock())
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
     last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None

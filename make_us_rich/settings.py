@@ -148,7 +148,7 @@ def _refuse_readable(env_file: Path) -> None:
 def _setting_sentence(problem: object) -> str:
     p = dict(problem)  # type: ignore[call-overload]
     name = "MUR_" + "_".join(str(x) for x in p["loc"]).upper().removeprefix("MUR_")
-    value = re.sub(r"//[^@/]*@", "//***@", str(p["input"]))  # an address may carry a password
+    value = re.sub(r"(?<=://).*", "***", str(p["input"]))  # an address may carry a password, and its scheme is what can be wrong
     return f"{name}={value!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
 
 # %% ../nbs/00_settings.ipynb #d9555f87

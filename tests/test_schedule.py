@@ -56,7 +56,7 @@ def exchange():
 def settings(exchange, tmp_path, monkeypatch):
     exchange.faults = Faults()
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=60)
 
 

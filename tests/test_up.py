@@ -150,7 +150,7 @@ def test_a_life(demo):
     second = subprocess.run(again, capture_output=True, text=True, timeout=120, env=os.environ | {"MUR_HOME": str(up.folder / "store")})
     assert (second.returncode, second.stdout) == (2, "") and "another `mkrich up` runs on" in second.stderr
 
-    os.kill(up.part("import _voila"), signal.SIGKILL)
+    os.kill(up.part("_voila"), signal.SIGKILL)
     until(
         lambda: "the dashboard has died (signal 9); it is started again" in up.said() and get(address)[0] == 200,
         what="the page is back at its address",
