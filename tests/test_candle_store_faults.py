@@ -75,7 +75,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, fresh):
     store.update(Exchange(now), PAIR, rows=300)
     for _ in range(40):
         rows, path = store.info(PAIR).rows, store.path(PAIR)
-        child = fresh.Process(target=hammer, args=(luck.randrange(STEPS, 6 * STEPS), tmp_path, now))  # in the second to sixth update
+        child = fresh.Process(target=hammer, args=(luck.randrange(STEPS, 3 * STEPS), tmp_path, now))  # in the second or third update
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
