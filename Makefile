@@ -52,12 +52,12 @@ $(FLEET)/.ready: requirements/prefect.txt requirements/s3.txt
 
 fleet: $(FLEET)/.ready  ## The environment of Prefect, for runs on many machines (docs/fleet.md)
 
-test: $(VENV)/.dev $(FLEET)/.ready  ## Everything that CI checks: notebooks clean and exported, notebooks run, tests, ruff, mypy
+test: $(VENV)/.dev $(FLEET)/.ready  ## Everything that CI checks: ruff, mypy, notebooks clean and exported, notebooks run, tests
 	@tools/system
-	$(BIN)/python tools/check.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev  ## The quick gates: clean, exported, imports down, README in step, ruff, mypy
 	$(BIN)/python tools/check.py

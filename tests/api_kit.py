@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import orjson
 import pandas as pd
 from servers import free_port
 from sqlalchemy import Engine
+from waiting import LONG, wait_for
 
 from make_us_rich.api import EXAMPLE, create_app
 from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair, load_sample
@@ -121,19 +121,11 @@ class Served:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(60)
-
-
-def until(condition, seconds: float = 60) -> None:
-    "Wait for something that must come; the limit is generous, since the machine may be busy."
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
+        return self.process.wait(LONG)
 
 
 @contextlib.contextmanager
-def served(home: Path, timeout: float = 90, **env: str) -> Iterator[Served]:
+def served(home: Path, **env: str) -> Iterator[Served]:
     "The real server in a process of its own, with `MUR_` settings by name."
     port = free_port()
     log, said = home.parent / f"{home.name}.log", home.parent / f"{home.name}.said"
@@ -143,13 +135,15 @@ def served(home: Path, timeout: float = 90, **env: str) -> Iterator[Served]:
     with open(log, "wb") as err, open(said, "wb") as out:
         process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=out, stderr=err, env=environment, cwd=home.parent)
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
-        while True:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            assert process.poll() is None, log.read_text() + said.read_text()
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
-                    break
-            assert process.poll() is None and time.monotonic() < end, log.read_text() + said.read_text()
-            time.sleep(0.1)
+                return httpx.get(f"{url}/healthz", timeout=LONG).status_code == 200
+            return False
+
+        wait_for(answers, what="the API", progress=lambda: log.stat().st_size)
         yield Served(url, process, home, log, said)
     finally:
         if process.poll() is None:

@@ -16,6 +16,7 @@ from api_kit import make_people
 from servers import free_port
 from sqlalchemy import Engine
 from tiny_model import PAIRS, sample
+from waiting import LONG, wait_for
 
 from make_us_rich.api import create_app
 from make_us_rich.candles import SAMPLE_LABEL, Interval, Pair
@@ -97,18 +98,15 @@ class Stage:
         self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.settings.port, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        while not self.server.started:
-            if not self.thread.is_alive():
-                raise RuntimeError(f"the API did not start at {self.url}; is the port taken?")
-            threading.Event().wait(0.01)
+        wait_for(lambda: self.server.started or not self.thread.is_alive(), what="the API")
+        assert self.thread.is_alive(), f"the API did not start at {self.url}; is the port taken?"
 
     def down(self) -> None:
         "Stop to answer."
         if self.server and self.thread:
             self.server.should_exit = True
-            self.thread.join(30)
-            if self.thread.is_alive():
-                raise RuntimeError("the API did not stop within 30 seconds")
+            self.thread.join(LONG)
+            assert not self.thread.is_alive(), "the API did not stop"
 
 
 def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:

@@ -5,7 +5,6 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from servers import _die_with_parent, free_port
+from waiting import LONG, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 FLEET = ROOT / ".venv-prefect" / "bin"  # `make fleet` makes it, with the server in it
@@ -35,7 +35,7 @@ class S3:
         bucket = f"test-{secrets.token_hex(6)}"
         request = urllib.request.Request(f"{self.endpoint}/{bucket}", method="PUT")
         try:
-            urllib.request.urlopen(request, timeout=20).close()
+            urllib.request.urlopen(request, timeout=LONG).close()
         except urllib.error.HTTPError:  # anonymous requests are refused: the server makes a bucket at the first write
             config = {k.removeprefix("AWS_").lower(): v for k, v in self.environment.items()}
             obstore.put(obstore.store.S3Store(bucket, config=config, client_options={"allow_http": True}), "made", b"")
@@ -65,22 +65,22 @@ def s3_server() -> Iterator[S3]:
         yield S3(endpoint, keys | more)
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(LONG)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(process: subprocess.Popen, endpoint: str, log: Path) -> None:
-    for _ in range(600):
-        if process.poll() is not None:
-            break
+    def answers() -> bool:
+        assert process.poll() is None, f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}"
         try:
-            urllib.request.urlopen(endpoint + "/healthz", timeout=5).close()
-            return
+            urllib.request.urlopen(endpoint + "/healthz", timeout=LONG).close()
         except urllib.error.HTTPError:
-            return
+            return True
         except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+            return False
+        return True
+
+    wait_for(answers, what="the S3 server", progress=lambda: log.stat().st_size)
 
 
 @pytest.fixture(scope="session")

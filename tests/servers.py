@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 import pytest
+from waiting import LONG, wait_for
 
 MISSING = "these tests need a PostgreSQL server and found none; install it with: apt-get install postgresql"
 USER = "postgres"  # the package makes this user; the server refuses to run as root
@@ -76,7 +76,7 @@ def postgresql_server() -> Iterator[PostgreSQL]:
             yield server
         finally:
             server.process.send_signal(signal.SIGQUIT)  # at once
-            server.process.wait(20)
+            server.process.wait(LONG)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -90,16 +90,16 @@ def _start(program: Path, folder: Path, password: str, who: dict) -> PostgreSQL:
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, preexec_fn=_die_with_parent, **who)
     server = PostgreSQL(port, password, process, folder)
-    for _ in range(600):
-        if process.poll() is not None:
-            break
-        try:
-            psycopg.connect(server.url(), connect_timeout=2).close()
-            return server
-        except psycopg.OperationalError:
-            time.sleep(0.1)
-    process.kill()
-    raise AssertionError(f"PostgreSQL did not start: {(folder / 'log').read_text()[-2000:]}")
+
+    def answers() -> bool:
+        assert process.poll() is None, f"PostgreSQL did not start: {(folder / 'log').read_text()[-2000:]}"
+        with suppress(psycopg.OperationalError):
+            psycopg.connect(server.url(), connect_timeout=LONG).close()
+            return True
+        return False
+
+    wait_for(answers, what="PostgreSQL")
+    return server
 
 
 def _die_with_parent() -> None:

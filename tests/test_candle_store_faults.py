@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from waiting import LONG, wait_for
 
 from make_us_rich import settings
 from make_us_rich.candle_store import CandleStore
@@ -21,6 +22,7 @@ from make_us_rich.settings import CandleError, StoreError
 PAIR = "BTC_USDT"
 HOUR = pd.Timedelta("1h")
 TRUTH = fake_candles(2000, start="2024-01-01")
+STEPS = 10  # of one write: before and after each of five calls
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,9 @@ def leftovers(root: Path) -> list[str]:
 # ---------------------------------------------------------------- F21: kill -9
 
 
-def hammer(root: Path, start: pd.Timestamp) -> None:
-    """Update hour by hour as fast as possible, until killed."""
+def hammer(step: int, root: Path, start: pd.Timestamp) -> None:
+    """Update hour by hour until killed at the given step of all writes together."""
+    mortal(step)
     exchange = Exchange(start)
     while True:
         CandleStore(root).update(exchange, PAIR, rows=300)
@@ -71,15 +74,9 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, fresh):
     now, grown = pd.Timestamp("2024-02-01T00:20Z"), 0
     store.update(Exchange(now), PAIR, rows=300)
     for _ in range(40):
-        rows = store.info(PAIR).rows
-        child = fresh.Process(target=hammer, args=(tmp_path, now))
+        rows, path = store.info(PAIR).rows, store.path(PAIR)
+        child = fresh.Process(target=hammer, args=(luck.randrange(STEPS, 3 * STEPS), tmp_path, now))  # in the second or third update
         child.start()
-        path = store.path(PAIR)
-        inode = path.stat().st_ino
-        while path.stat().st_ino == inode and child.is_alive():
-            time.sleep(0.001)  # it is at work
-        time.sleep(luck.uniform(0, 0.03))
-        os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL
         frame = store.read(PAIR)  # would raise, and make a .bad file, on half a file
@@ -99,21 +96,20 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at(step: int, root: Path, now: pd.Timestamp) -> None:
-    """One update that kills itself at the given step of the write: 0 is before its first, even numbers before, odd ones after a call."""
-    count = 0
+def mortal(step: int) -> list[int]:
+    """From now on this process kills itself at the given step of its writes: 0 is before the first, even numbers before, odd ones after a call."""
+    count = [0]
 
     def deadly(call, half=False):
         def wrapped(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count * 2 - 2 == step:
+            count[0] += 1
+            if count[0] * 2 - 2 == step:
                 if half:
                     args[0].write(args[1][: len(args[1]) // 2])
                     args[0].flush()
                 die()
             result = call(*args, **kwargs)
-            if count * 2 - 1 == step:
+            if count[0] * 2 - 1 == step:
                 die()
             return result
 
@@ -147,8 +143,14 @@ def die_at(step: int, root: Path, now: pd.Timestamp) -> None:
     os.replace = deadly(os.replace)
     assert settings.os is os
     assert settings.tempfile is tempfile
+    return count
+
+
+def die_at(step: int, root: Path, now: pd.Timestamp) -> None:
+    """One update that kills itself at the given step; else its exit status is the number of calls."""
+    count = mortal(step)
     CandleStore(root).update(Exchange(now), PAIR)
-    os._exit(count)
+    os._exit(count[0])
 
 
 def test_kill_at_every_step_of_a_write(tmp_path, fresh):
@@ -156,7 +158,7 @@ def test_kill_at_every_step_of_a_write(tmp_path, fresh):
     outcomes = []
     for step in range(100):
         root = tmp_path / str(step)
-        store = CandleStore(root, wait=5)
+        store = CandleStore(root, wait=LONG)
         store.update(Exchange(old_now), PAIR, rows=300)
         child = fresh.Process(target=die_at, args=(step, root, new_now))
         child.start()
@@ -166,7 +168,7 @@ def test_kill_at_every_step_of_a_write(tmp_path, fresh):
         assert leftovers(root) == ["1h.lock", "1h.parquet"]
         if child.exitcode >= 0:
             break
-    assert child.exitcode == 5  # mkstemp, write, fsync, replace, fsync of the folder
+    assert child.exitcode == STEPS / 2  # mkstemp, write, fsync, replace, fsync of the folder
     assert outcomes == [300] * 7 + [305] * 4
 
 
@@ -274,7 +276,7 @@ def run_all(context, count: int, *args) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(LONG)
     assert [child.exitcode for child in children] == [0] * count
 
 
@@ -311,8 +313,7 @@ def test_who_waits_too_long_gets_a_sentence(tmp_path, fresh):
     store = CandleStore(tmp_path, wait=0.2)
     child = fresh.Process(target=hold, args=(tmp_path,))
     child.start()
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "held").exists)
     with pytest.raises(StoreError, match=r"another process has been updating .*1h.parquet for more than 0.2 s; let it finish or stop it"):
         store.update(Exchange("2024-02-01T05:20Z"), PAIR, rows=100)
     os.kill(child.pid, signal.SIGKILL)
@@ -324,7 +325,7 @@ def hold(root: Path) -> None:
     class Slow(Exchange):
         def get_data(self, *args, **kwargs):
             (root / "held").touch()
-            time.sleep(60)
+            time.sleep(3600)
 
     CandleStore(root).update(Slow("2024-02-01T05:20Z"), PAIR, rows=100)
 

@@ -32,7 +32,7 @@ def mkrich(*args, home, url="", **env):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")}
     environment |= {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment |= ({"MUR_EXCHANGE_URL": url} if url else {}) | env
-    done = subprocess.run([MKRICH, *args], env=environment, capture_output=True, text=True, timeout=300, cwd=home)
+    done = subprocess.run([MKRICH, *args], env=environment, capture_output=True, text=True, cwd=home)
     assert "Traceback" not in done.stdout + done.stderr or "--debug" in args, done.stderr
     if done.returncode not in (0, 4):
         assert done.stderr.strip() or "fail" in done.stdout

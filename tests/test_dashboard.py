@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ import psutil
 import pytest
 from api_kit import PASSWORD
 from dash_kit import HOUR, Stage, make_stage, page_server
+from waiting import LONG, wait_for
 
 from make_us_rich.dashboard import Running
 from make_us_rich.settings import utc_iso
@@ -27,7 +28,7 @@ from make_us_rich.warm import KERNEL_NAME
 MISSING = "these tests need Chromium and found none; install it with: apt-get install chromium"
 CANDLES = ".mur-chart .boxlayer path"
 DRAWN = ".mur-chart[data-drawn] .boxlayer path"
-WAIT = 90_000  # a slow machine with other work; nothing waits longer than it must
+WAIT = 1000 * LONG  # a slow machine with other work; nothing waits longer than it must
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ class Viewer:
 @contextmanager
 def viewer(browser, running: Running, width: int = 1280, chart: bool = True, **options) -> Iterator[Viewer]:
     address = running.address
-    assert wait_for(lambda: kernels(running) < PLACES[running.url], 120), "no place became free"
+    wait_for(lambda: kernels(running) < PLACES[running.url], what="a free place")
     context = browser.new_context(viewport={"width": width, "height": 900}, **({"timezone_id": "Asia/Tokyo"} | options))
     context.set_default_timeout(WAIT)
     seen = Viewer(context.new_page())
@@ -134,13 +135,6 @@ def processes(running: Running) -> list[psutil.Process]:
 
 def kernels(running: Running) -> int:
     return len(processes(running))
-
-
-def wait_for(condition, seconds: float = 90) -> bool:
-    end = time.monotonic() + seconds
-    while not (good := condition()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return good
 
 
 def test_a_morning(browser, local, stage):
@@ -292,20 +286,20 @@ def test_api_goes_away_and_returns(browser, local, stage):
 
 def test_a_viewer_who_vanishes(browser, local, stage):
     "A browser that dies says no goodbye: its process ends although news keep coming; and a page whose process is gone says so."
-    assert wait_for(lambda: kernels(local) == 0)
+    wait_for(lambda: kernels(local) == 0)
     context = browser.new_context()
     page = context.new_page()
     page.goto(local.address)
     page.wait_for_selector(DRAWN, timeout=WAIT, state="attached")
     [process] = processes(local)
     context.close()  # this runs no goodbye
-    median = stage.forecast().median
+    median, more = stage.forecast().median, itertools.count(1)
 
-    def gone() -> bool:
-        stage.change(median=median + time.monotonic() % 1)
+    def ended() -> bool:
+        stage.change(median=median + next(more) / 1000)
         return not process.is_running()
 
-    assert wait_for(gone, 120), "two minutes later the process is still there"
+    wait_for(ended, LONG, "the end of a process that nobody looks at")
 
     with viewer(browser, local) as one:
         one.says("live")
@@ -344,7 +338,7 @@ def test_log_in(browser, public, stage):
         one.says("not valid")
         assert PASSWORD not in one.page.content()
         assert kernels(public) == 1
-    assert wait_for(lambda: kernels(public) == 0), "a closed tab frees its process, long before its quiet time is over"
+    wait_for(lambda: kernels(public) == 0, what="the end of the process of a closed tab, long before its quiet time is over")
 
 
 def test_limit(browser, public):
@@ -359,7 +353,7 @@ def test_limit(browser, public):
         one.says("Log in")
     knocks = [httpx.get(public.address, timeout=WAIT / 1000, trust_env=False).status_code for _ in range(2)]
     assert knocks[0] == 200
-    assert wait_for(lambda: httpx.get(public.address, timeout=WAIT / 1000, trust_env=False).status_code == 200, 120)
+    wait_for(lambda: httpx.get(public.address, timeout=WAIT / 1000, trust_env=False).status_code == 200)
 
 
 def test_what_a_viewer_cannot_do(browser, local, stage):
@@ -451,7 +445,7 @@ def test_the_kernel_is_light(local):
 
     code = "import sys, make_us_rich.dashboard; print([m for m in ('pandas', 'numpy', 'torch', 'onnxruntime', 'plotly', 'pydantic', 'sqlalchemy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    assert wait_for(lambda: kernels(local) < PLACES[local.url])
+    wait_for(lambda: kernels(local) < PLACES[local.url])
     assert httpx.get(local.address, timeout=WAIT / 1000, trust_env=False, follow_redirects=True).status_code == 200
     sizes = [p.memory_info().rss / 2**20 for p in processes(local)]
     assert sizes and max(sizes) < 130

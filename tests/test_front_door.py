@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +12,13 @@ import pytest
 from api_kit import PASSWORD
 from dash_kit import Stage, make_stage, page_server
 from servers import free_port
+from waiting import LONG, wait_for
 
 from make_us_rich.database import session
 from make_us_rich.users import Limiter, get_user, list_tokens
 
 CONFIG = Path(__file__).parents[1] / "deploy" / "nginx" / "make-us-rich.conf"
-WAIT = 90_000
+WAIT = 1000 * LONG
 HTTP = """daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 256; }}
 http {{
@@ -69,25 +69,18 @@ def door(stage, folder) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(LONG)
 
 
 def status(url: str) -> int:
     try:
-        return httpx.get(url, timeout=20).status_code
+        return httpx.get(url, timeout=LONG).status_code
     except httpx.TransportError:
         return 0
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.1)
-
-
 def guest(door: str, **headers: str) -> httpx.Client:
-    return httpx.Client(base_url=door, headers=headers, timeout=60)
+    return httpx.Client(base_url=door, headers=headers, timeout=LONG)
 
 
 def log_in(visitor: httpx.Client, password: str = PASSWORD) -> httpx.Response:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import func, select
+from waiting import LONG
 
 from make_us_rich.candles import fake_candles
 from make_us_rich.database import ForecastRow, connect, migrate, session
@@ -26,7 +27,7 @@ GOOD, BAD = "20250101T000000Z-0123456789ab", "20250102T000000Z-0123456789ab"
 
 @pytest.fixture
 def engine(database_url):  # noqa: F811
-    made = connect(database_url)
+    made = connect(database_url, wait=LONG)
     migrate(made)
     yield made
     made.dispose()
@@ -58,13 +59,13 @@ def record_all(engine, rows=ROWS, spread=0.004, version=GOOD) -> int:
 
 
 def write_and_settle(url, barrier, results):
-    engine = connect(url)
-    barrier.wait(60)
+    engine = connect(url, wait=LONG)
+    barrier.wait(LONG)
     try:
         new = record_all(engine, ROWS[:40])
         abstention = Forecast(pair="BTC_USDT", interval="1h", status="abstain", reason="stale_data", sentence="")
         held_back = Ledger(engine).record(abstention, None, FRAME["timestamp"].iloc[1100])
-        barrier.wait(60)
+        barrier.wait(LONG)
         results.put((new, held_back, Ledger(engine).settle("BTC_USDT", "1h", FRAME)))
     except BaseException as e:
         results.put(repr(e))
@@ -76,9 +77,9 @@ def test_five_processes_write_and_settle_the_same_rows(engine, database_url):  #
     processes = [SPAWN.Process(target=write_and_settle, args=(database_url, barrier, results)) for _ in range(5)]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=120) for _ in processes]
+    answers = [results.get(timeout=LONG) for _ in processes]
     for process in processes:
-        process.join(30)
+        process.join(LONG)
     assert [sum(column) for column in zip(*answers, strict=True)] == [40, 1, 41], answers
     rows = load_record(engine, "BTC_USDT")
     assert (len(rows), int(rows["settled"].sum()), int(rows["crps"].notna().sum())) == (41, 41, 40)

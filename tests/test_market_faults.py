@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import LONG, wait_for
 
 from make_us_rich.candle_store import CandleStore
 from make_us_rich.candles import VALUE_COLUMNS, content_hash, fake_candles
-from make_us_rich.exchange import BinanceClient
+from make_us_rich.exchange import TRIES, BinanceClient
 from make_us_rich.replay import Faults, ReplayServer
 from make_us_rich.settings import CandleError, ExchangeError, SettingsError
 
@@ -140,7 +141,7 @@ print(frame["timestamp"].iloc[-1].isoformat(), len(frame), int(time.time()))
 def test_F02_the_clock_of_this_machine_decides_nothing(exchange, shift):
     exchange.clock.set("2025-01-15 10:59:10")
     call = ["faketime", "-f", shift, sys.executable, "-c", FAKETIME, exchange.url]
-    last, rows, _ = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    last, rows, _ = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()
     assert (last, rows) == ("2025-01-15T09:00:00+00:00", "120")
 
 
@@ -459,10 +460,10 @@ def test_a_ban_or_a_long_wait_is_not_answered_by_another_call(client, exchange, 
 @pytest.mark.parametrize("faults", [{"delay": 5.0}, {"drip": 0.05}], ids=str)
 def test_F17_a_hanging_or_dripping_answer_ends(exchange, faults):
     exchange.faults = Faults(**faults, times=99)
-    client, started = BinanceClient(exchange.url, timeout=0.3), time.monotonic()
+    client = BinanceClient(exchange.url, timeout=0.3)
     with pytest.raises(ExchangeError, match="is unavailable: it did not answer in time"):
         client.newest(PAIR, "1h", 500)
-    assert time.monotonic() - started < 15
+    assert 1 <= len(exchange.calls) <= TRIES
 
 
 def test_F20_no_such_host_and_nobody_there():
@@ -536,15 +537,12 @@ def test_serve_replay_plays_in_the_foreground_until_it_is_told_to_stop():
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not listens(port):
-            time.sleep(0.1)
+        wait_for(lambda: listens(port), what="the replay")
         client = BinanceClient(f"http://127.0.0.1:{port}")
         first = client.now()
         assert client.source == "historical sample"
-        time.sleep(0.2)
-        assert client.now() - first > pd.Timedelta("5min")
+        wait_for(lambda: client.now() - first > pd.Timedelta("5min"))
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=LONG)
     assert "Traceback" not in errors

@@ -158,7 +158,7 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")}
         environment |= {"MUR_HOME": str(tmp_path), "MUR_EXCHANGE_URL": server.url}
         command = [str(Path(sys.executable).parent / "mkrich"), "forecast", "NEW_USDT", "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (told,) = json.loads(done.stdout)
         assert (told["status"], told["model_version"]) == ("ok", version)

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 from servers import database_url, postgresql  # noqa: F401
+from waiting import LONG, gone, wait_for
 
 from make_us_rich.candles import fake_candles
 from make_us_rich.database import connect, migrate
@@ -21,11 +21,12 @@ from make_us_rich.model_store import ModelStore
 from make_us_rich.replay import Faults, ReplayServer
 from make_us_rich.run_ledger import Planned, RunLedger, run_recorded
 from make_us_rich.runs import run_pretraining
-from make_us_rich.schedule import Options, Plan, PlanFile, Schedule, read_plan, run_once, start, stop
+from make_us_rich.schedule import Options, Plan, PlanFile, Schedule, look_around, read_plan, run_once, start, stop
 from make_us_rich.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "tests" / "notebooks" / "small_run.ipynb"
+BY_HAND = 86_400  # seconds between two looks around that nobody takes by hand
 STAND_IN = """
 import time
 import pandas as pd
@@ -37,7 +38,8 @@ def run(pair, *, settings, interval, recipe, parameters, **_):
     now = BinanceClient(settings.exchange_url).now()
     plan = plan_run(pair, interval, recipe, {}, now, settings)
     (settings.home / "planned").touch()
-    time.sleep(float((settings.home / "seconds").read_text()) if (settings.home / "seconds").exists() else 0)
+    while (settings.home / "hold").exists():
+        time.sleep(0.05)
     cutoff = plan.cutoff.isoformat()
     facts = dict(run_id=plan.run_id, pair=pair, interval=interval, cutoff=cutoff, recipe=recipe, version="v" + cutoff)
     return Outcome(state="published", exit_class="ok", **facts)
@@ -57,7 +59,7 @@ def settings(exchange, tmp_path, monkeypatch):
     exchange.faults = Faults()
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=60)
+    return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=LONG)
 
 
 @pytest.fixture
@@ -69,13 +71,6 @@ def ledger(settings):
     engine.dispose()
 
 
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.1)
-    return condition()
-
-
 def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
     options = {"parameters": {"history_days": 5}, "notebook": NOTEBOOK, "now": exchange.clock.now()} | more
     return run_recorded(pair, settings=settings, ledger=ledger, **options)
@@ -84,7 +79,7 @@ def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
 def test_short_month(tmp_path):
     "Kernels die, an outage, a full disk, a worker and two schedules killed: one true outcome each, no orphan, no half version, alerts."
     command = [sys.executable, str(ROOT / "bench" / "simulated_month.py"), "--pairs", "2", "--hours", "9", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout[: done.stdout.index("}\n", done.stdout.index('"alerts"')) + 1])
     assert figures["states"]["failed: disk_full"] == 2 and figures["states"]["failed: exchange"] == 2
@@ -193,27 +188,29 @@ def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange,
 
 def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings, exchange, ledger):  # F37
     settings.home.mkdir(exist_ok=True)
-    (settings.home / "seconds").write_text("4")
-    schedule = Schedule(settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=0.3, runner="stand_in:run"))
+    (settings.home / "hold").touch()
+    schedule = Schedule(settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=BY_HAND, runner="stand_in:run"))
     start(schedule)
     try:
-        assert wait_for(lambda: len(ledger.rows(state="running")) == 1 and (settings.home / "planned").exists())
-        for _ in range(5):  # five hours pass in two seconds
+        wait_for(lambda: len(ledger.rows(state="running")) == 1 and (settings.home / "planned").exists(), what="the first run")
+        for _ in range(5):
             exchange.clock.advance("1h")
-            time.sleep(0.4)
+            look_around(schedule)
         assert len(ledger.rows(state="running")) == 1
         assert "retrain/BTC_USDT/1h/finetune" in schedule.watch.alerts.open
+        (settings.home / "hold").unlink()
         newest = exchange.clock.now().floor("h")
-        assert wait_for(lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()))
+        wait_for(lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()), what="the run of the newest hour")
         assert len(ledger.rows()) == 2, [(r.cutoff, r.state) for r in ledger.rows()]
-        assert wait_for(lambda: not schedule.watch.alerts.open, 20)
+        look_around(schedule)
+        assert not schedule.watch.alerts.open
     finally:
         assert stop(schedule)
 
 
 def test_killed_schedule_leaves_no_orphan(settings, exchange, ledger, tmp_path):  # F29
     settings.home.mkdir(exist_ok=True)
-    (settings.home / "seconds").write_text("60")
+    (settings.home / "hold").touch()
     (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT]\npretrain: false\n")
     program = f"""
 from pathlib import Path
@@ -222,14 +219,14 @@ from make_us_rich.settings import get_settings
 settings = get_settings(home={str(settings.home)!r}, runs={str(settings.runs)!r}, exchange_url={exchange.url!r})
 run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})), Options(runner="stand_in:run")), wait=1)
 """
-    for end, seconds in ((signal.SIGKILL, 5), (signal.SIGTERM, 15)):
+    for end in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert wait_for(lambda: ledger.rows(state="running"))
+        wait_for(lambda: ledger.rows(state="running"), what="a run")
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
         process.send_signal(end)
-        process.wait(30)
-        assert wait_for(lambda family=family: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), seconds)
+        process.wait(LONG)
+        wait_for(lambda family=family: all(map(gone, family)), what="the end of what it had started")
         assert len(ledger.rows(state="running")) == 1  # nobody was there to say otherwise
         ledger.finish(ledger.rows()[0].run_id, "failed")
         exchange.clock.advance("1h")
@@ -237,16 +234,19 @@ run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})),
 
 def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_path):
     (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT]\npretrain: false\n")
-    schedule = Schedule(settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=0.3, runner="stand_in:run"))
+    schedule = Schedule(settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=BY_HAND, runner="stand_in:run"))
     start(schedule)
     try:
-        assert wait_for(lambda: schedule.slots.get("BTC_USDT/1h/finetune") and schedule.slots["BTC_USDT/1h/finetune"].state == "published")
+        wait_for(lambda: schedule.slots.get("BTC_USDT/1h/finetune") and schedule.slots["BTC_USDT/1h/finetune"].state == "published")
         (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT, {pair: ETH_USDT, minuts: 2}]\n")
-        assert wait_for(lambda: "plan/file" in schedule.watch.alerts.open, 15)
+        look_around(schedule)
         assert "did you mean minutes?" in schedule.watch.alerts.open["plan/file"].text
         (tmp_path / "pairs.yaml").write_text("pairs: [ETH_USDT, {pair: BTC_USDT, recipe: nonsense}]\npretrain: false\n")
-        assert wait_for(lambda: schedule.slots.get("ETH_USDT/1h/finetune") and schedule.slots["ETH_USDT/1h/finetune"].state == "published")
-        assert wait_for(lambda: list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"], 20)
+        look_around(schedule)
+        wait_for(lambda: schedule.slots.get("ETH_USDT/1h/finetune") and schedule.slots["ETH_USDT/1h/finetune"].state == "published")
+        wait_for(lambda: schedule.slots["BTC_USDT/1h/nonsense"].problem)
+        look_around(schedule)
+        assert list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"]
         assert {job.id for job in schedule.jobs.get_jobs()} == {"look", "tidy", "ETH_USDT/1h/finetune", "BTC_USDT/1h/nonsense"}
     finally:
         stop(schedule)

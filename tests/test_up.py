@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 import pytest
 from servers import free_port
 from tiny_model import publish
+from waiting import LONG, wait_for
 
 from make_us_rich.cli_up import DEMO_PLAN, DEMO_START
 from make_us_rich.database import connect, migrate
@@ -32,20 +32,11 @@ MKRICH = str(Path(sys.executable).parent / "mkrich")
 HOUR = pd.Timedelta("1h")
 
 
-def until(condition, seconds=120, what="the condition"):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"{what} did not come true within {seconds} s")
-
-
 def get(url, token=""):
     "Status and body; status 0 if nobody answers."
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=LONG) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as e:
         return e.code, e.read()
@@ -95,7 +86,7 @@ class Up:
 
     def clean_up(self):
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(LONG)
         for pid in self.family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -134,34 +125,36 @@ def test_a_life(demo):
     assert "360 times as fast as life" in up.said() and "Nothing here is about today" in up.said()
 
     api, token = f"http://127.0.0.1:{up.api}", (up.home / "local-token").read_text()
-    until(lambda: get(f"{api}/readyz")[0] == 200, what="ready")
-    forecast = until(lambda: json.loads(get(f"{api}/v1/forecasts/BTC_USDT", token)[1]), what="a forecast")
+    wait_for(lambda: get(f"{api}/readyz")[0] == 200, what="ready")
+    forecast = wait_for(lambda: json.loads(get(f"{api}/v1/forecasts/BTC_USDT", token)[1]), what="a forecast")
     assert forecast["status"] == "ok" and forecast["source"] == "historical sample"
-    later = until(
-        lambda: (told := json.loads(get(f"{api}/v1/forecasts/BTC_USDT", token)[1]))["as_of"] > forecast["as_of"] and told,
-        what="the next hour",
-    )
-    assert later["status"] == "ok" and later["data_age_minutes"] < 60  # the service keeps up with the clock
+
+    def next_hour():
+        "The service keeps up with the clock."
+        told = json.loads(get(f"{api}/v1/forecasts/BTC_USDT", token)[1])
+        return told["as_of"] > forecast["as_of"] and told["status"] == "ok" and told["data_age_minutes"] < 60
+
+    wait_for(next_hour, LONG, "a forecast of the next hour")
     assert get(f"http://127.0.0.1:{up.page}/voila/static/main.js")[0] in (401, 403, 404)  # not without the secret
     status, page = get(address)
     assert status == 200 and b"Make Us Rich" in page
 
     again = [MKRICH, "up", "--demo", "--port", str(free_port()), "--api-port", str(free_port())]
-    second = subprocess.run(again, capture_output=True, text=True, timeout=120, env=os.environ | {"MUR_HOME": str(up.folder / "store")})
+    second = subprocess.run(again, capture_output=True, text=True, timeout=LONG, env=os.environ | {"MUR_HOME": str(up.folder / "store")})
     assert (second.returncode, second.stdout) == (2, "") and "another `mkrich up` runs on" in second.stderr
 
     os.kill(up.part("_voila"), signal.SIGKILL)
-    until(
+    wait_for(
         lambda: "the dashboard has died (signal 9); it is started again" in up.said() and get(address)[0] == 200,
         what="the page is back at its address",
     )
     (server,) = [pid for pid in up.family() if up.api in listening(pid)]
     os.kill(server, signal.SIGKILL)
-    until(lambda: "the API has died (signal 9)" in up.said() and get(f"{api}/readyz")[0] == 200, what="the API is back")
+    wait_for(lambda: "the API has died (signal 9)" in up.said() and get(f"{api}/readyz")[0] == 200, what="the API is back")
 
     assert len(up.family()) >= 5 and "running" not in {row.state for row in RunLedger(connect(f"sqlite:///{up.home / 'mkrich.db'}")).rows()}
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(60) == 0, up.said()
+    assert up.process.wait(LONG) == 0, up.said()
     assert up.said().rstrip().endswith("stopping") and "Traceback" not in up.said()
     assert up.process.stdout.read() == ""  # one address, nothing else
     assert up.family() == {}
@@ -183,16 +176,16 @@ def test_nothing_outlives_a_killed_caretaker(demo):
     assert "token=" in up.process.stdout.readline(), up.said()
     assert len(up.family()) >= 5
     up.process.kill()
-    until(lambda: not up.family(), 60, "all parts are gone")
+    wait_for(lambda: not up.family(), what="the end of all parts")
     assert list(up.temporary.glob("mur-page-*")) == []
 
 
 def test_sigterm_while_it_starts(tmp_path):
     up = Up(tmp_path, "--demo")
     try:
-        until(lambda: "fetching candles" in up.said(), what="the first training begins")  # an empty folder: it trains first
+        wait_for(lambda: "fetching candles" in up.said(), what="the first training begins")  # an empty folder: it trains first
         up.process.terminate()
-        assert up.process.wait(60) == 0, up.said()
+        assert up.process.wait(LONG) == 0, up.said()
         assert up.process.stdout.read() == "" and "Traceback" not in up.said()
         assert up.family() == {}
     finally:
@@ -204,7 +197,7 @@ def test_nobody_trains_without_an_exchange(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")} | {"UP_MARK": (mark := secrets.token_hex(8))}
     env |= {"MUR_HOME": str(tmp_path / "s"), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"}
     command = [MKRICH, "up", "BTC_USDT", "--port", str(free_port()), "--api-port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
     assert "the first training has failed (exit status 1), see above; try again, or look at `mkrich up --demo`" in done.stderr
     assert family(mark) == {}
