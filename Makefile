@@ -52,26 +52,25 @@ $(FLEET)/.ready: requirements/prefect.txt requirements/s3.txt
 
 fleet: $(FLEET)/.ready  ## The environment of Prefect, for runs on many machines (docs/fleet.md)
 
-test: $(VENV)/.dev $(FLEET)/.ready  ## Everything that CI checks: ruff, mypy, notebooks clean and exported, notebooks run, tests
+test: check $(FLEET)/.ready  ## Everything that CI checks: the quick gates, notebooks run, tests
 	@tools/system
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python tools/check.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(VENV)/.dev  ## The quick gates: clean, exported, imports down, README in step, ruff, mypy
-	$(BIN)/python tools/check.py
+check: $(VENV)/.dev  ## The quick gates: ruff, mypy, notebooks clean, library in step, walls, readable cells, README and house in step
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check.py
+	$(BIN)/lint-imports --no-cache --no-logo
 
 notebooks: $(VENV)/.dev  ## Run every notebook top to bottom
 	$(BIN)/python -m pytest tests/test_notebooks.py --durations=10
 
 export: $(VENV)/.dev  ## Clean the notebooks, export the library, renew README.md
-	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py
+	$(BIN)/ruff format -q . && $(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py && $(BIN)/python tools/house.py
 
-text: $(VENV)/.dev  ## Notebooks as editable text in nbtxt/; tools/nb NAME takes one back
-	$(BIN)/jupytext --quiet --to py:percent --output-dir nbtxt nbs/*.ipynb 2>/dev/null || for f in nbs/*.ipynb; do $(BIN)/jupytext --quiet --to py:percent -o nbtxt/$$(basename $$f .ipynb).py $$f; done
+text: $(VENV)/.dev  ## Notebooks as editable text in nbtxt/; tools/nb ROOM/NAME takes one back
+	@for f in $$(cd nbs && find . -name '*.ipynb' -not -path '*/.*' | sed 's#^./##'); do $(BIN)/jupytext --quiet --to py:percent -o nbtxt/$${f%.ipynb}.py nbs/$$f; done
 
 lab: $(VENV)/.dev  ## Open JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -24,8 +24,8 @@ class BuildWithNotebooks(build_py):
             return
         target = Path(self.build_lib) / cfg["lib_path"] / "notebooks"
         target.mkdir(parents=True, exist_ok=True)
-        notebooks = ROOT / cfg["nbs_path"]
-        for notebook in [*sorted(notebooks.glob("run_*.ipynb")), notebooks / "dashboard.ipynb"]:
+        notebooks = ROOT / cfg["nbs_path"] / "pages"
+        for notebook in sorted(notebooks.glob("*.ipynb")):
             shutil.copy2(notebook, target)
 
 
@@ -43,8 +43,8 @@ setuptools.setup(
     packages=setuptools.find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={
         cfg["lib_path"]: [
-            "py.typed", "recipes/*.yaml", "sample/*", "migrations/*", "migrations/versions/*", "dashboard_template/**", "engine/*.py",
-            "templates/**",
+            "py.typed", "models/recipes/*.yaml", "market/sample/*", "core/migrations/**", "dashboard/template/**", "schedule/engine/*.py",
+            "api/templates/**",
         ],
     },
     install_requires=shlex.split(cfg["requirements"]),

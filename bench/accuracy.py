@@ -13,9 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from make_us_rich.candles import clean_candles, read_candles
-from make_us_rich.evaluation import HarT, evaluate, forecast_returns, scorable_rows
-from make_us_rich.training import load_recipe, training_loop
+from make_us_rich.market.candles import clean_candles, read_candles
+from make_us_rich.market.candles import scorable_rows
+from make_us_rich.models.har import HarT
+from make_us_rich.models.network import forecast_returns
+from make_us_rich.evaluation.scores import evaluate
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.training import training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -52,7 +56,7 @@ def line(pair: str, scores: pd.Series, cpu: float, har: float) -> dict[str, obje
         "50 %": f"{scores['cov50']:.3f}", "80 %": f"{scores['cov80']:.3f}", "95 %": f"{scores['cov95']:.3f}",
         "hit rate [95 %]": f"{scores['hit']:.3f} [{scores['hit_low']:.3f}, {scores['hit_high']:.3f}]",
         "MAE/close": f"{scores['mae/naive']:.4f}", "RMSE/close": f"{scores['rmse/naive']:.4f}", "fit CPU s": f"{cpu:.1f}",
-    }  # fmt: skip
+    }
 
 
 def markdown(rows: list[dict[str, object]]) -> str:

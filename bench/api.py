@@ -37,20 +37,22 @@ if kind == "empty":
     async def nothing():
         return {}
 else:
-    import make_us_rich.api as api
-    from make_us_rich.database import connect, migrate
-    from make_us_rich.service import Service
-    from make_us_rich.settings import get_settings
+    from make_us_rich.api import app
+    from make_us_rich.api import logs
+    from make_us_rich.api import routing
+    from make_us_rich.core.database import connect, migrate
+    from make_us_rich.serving.service import Service
+    from make_us_rich.core.settings import get_settings
     sys.setswitchinterval(0.0002)  # as serve does
-    api.configure_logging(open(f"{home}-{kind}.log", "w"))
+    logs.configure_logging(open(f"{home}-{kind}.log", "w"))
     settings = get_settings(home=home, exchange_url=exchange, poll_seconds=float(poll), monthly_calls=10**9)
     engine = connect(settings.db_url)
     migrate(engine)
     if kind == "open":  # the same route without token and quota, for this measurement only
         async def nobody(request, access):
             return None
-        api._admit = nobody
-    app = api.create_app(Service(settings, engine=engine), engine, settings)
+        routing._admit = nobody
+    app = app.create_app(Service(settings, engine=engine), engine, settings)
 uvicorn.run(app, port=int(port), log_level="error", access_log=False, server_header=False, log_config=None)
 """
 
@@ -141,11 +143,11 @@ def main() -> None:
     options = parser.parse_args()
     from tiny_model import publish, sample
 
-    from make_us_rich.candles import SAMPLE_LABEL
-    from make_us_rich.database import connect, migrate, session
-    from make_us_rich.model_store import ModelStore
-    from make_us_rich.replay import ReplayServer
-    from make_us_rich.users import add_user, create_token
+    from make_us_rich.market.candles import SAMPLE_LABEL
+    from make_us_rich.core.database import connect, migrate, session
+    from make_us_rich.registry.store import ModelStore
+    from make_us_rich.market.replay import ReplayServer
+    from make_us_rich.api.accounts import add_user, create_token
 
     frame, now = sample("BTC_USDT"), pd.Timestamp.now("UTC")
     closed = frame["timestamp"].iloc[3000] + pd.Timedelta("1h")

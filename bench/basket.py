@@ -22,12 +22,15 @@ import torch
 from peers import COLUMNS, HOURS, LEAST, STABLE, forecast, markdown
 
 from make_us_rich import features, model, pooled, training
-from make_us_rich.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.evaluation import coverage, crps, dm_test, forecast_returns, hit_rate, next_returns, online_width, scorable_rows, widen
-from make_us_rich.pooled import Pooled, finetune, first_test_candle, pretrain
-from make_us_rich.recipe import load_recipe
-from make_us_rich.settings import MEDIAN, RANGES
-from make_us_rich.training import training_loop
+from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
+from make_us_rich.market.candles import next_returns, scorable_rows
+from make_us_rich.models.network import forecast_returns
+from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
+from make_us_rich.evaluation.calibration import online_width, widen
+from make_us_rich.models.pooled import Pooled, finetune, first_test_candle, pretrain
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.baselines import MEDIAN, RANGES
+from make_us_rich.models.training import training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARTER = 2_190  # hours between folds
@@ -138,7 +141,7 @@ def measure(year: pd.DataFrame, table: pd.DataFrame, shrink: float | None = None
         "y": y, "point": point, "raw": crps(y, Q), "loss": crps(y, shown), "cpu": float(table["cpu"].iloc[0]),
         "before": [coverage(y, Q, p) for p in RANGES], "after": [coverage(y, shown, p) for p in RANGES], "week": np.abs(weeks - 0.8).max(),
         "mae": np.abs(y - point).mean() / np.abs(y).mean(), "rmse": np.sqrt(((y - point) ** 2).mean() / (y**2).mean()),
-    }  # fmt: skip
+    }
 
 
 def ratios(mine: list[dict], theirs: list[dict], loss: str) -> np.ndarray:
@@ -164,7 +167,7 @@ def summary(label: str, mine: list[dict], rivals: dict[str, list[dict]], loss: s
         "hit rate [95 %]": f"{hit.share:.4f} [{hit.low:.4f}, {hit.high:.4f}]" if hit.n else "names none",
         "MAE/close": f"{np.mean([one['mae'] for one in mine]):.4f}", "RMSE/close": f"{np.mean([one['rmse'] for one in mine]):.4f}",
         "CPU s/pair": f"{np.mean([one['cpu'] for one in mine]):.2f}",
-    }  # fmt: skip
+    }
 
 
 def goals(mine: list[dict], rivals: dict[str, list[dict]]) -> list[dict[str, str]]:
@@ -182,7 +185,7 @@ def goals(mine: list[dict], rivals: dict[str, list[dict]]) -> list[dict[str, str
         ("worst week of the 80 % band <= 5 points (mean of series)", f"{100 * week:.1f}", week <= 0.05),
         ("lower bound of the hit rate > .51", f"{hit.low:.4f}", hit.low > 0.51),
         ("MAE/close <= 1.000", f"{mae:.4f}", mae <= 1.0), ("RMSE/close <= 1.002", f"{rmse:.4f}", rmse <= 1.002),
-    ]  # fmt: skip
+    ]
     return [{"goal": goal, "found": found, "": "reached" if ok else "NOT reached"} for goal, found, ok in lines]
 
 

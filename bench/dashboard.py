@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from make_us_rich.warm import KERNEL_NAME
+from make_us_rich.core.kernels import KERNEL_NAME
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -45,7 +45,7 @@ def visit(context, running) -> dict[str, float]:
     facts = {
         "chart s": end - start, "spinner s": painted - start, "answer s": answered - start, "server+kernel CPU s": cpu(running) - before,
         "kernel MB": memory.rss / 2**20, "kernel PSS MB": memory.pss / 2**20, "transfer MB": sum(sizes) / 2**20,
-    }  # fmt: skip
+    }
     page.goto("about:blank")
     page.close()
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in kernels):

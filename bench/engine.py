@@ -20,14 +20,16 @@ import pandas as pd
 import torch
 from accuracy import DATA, ROOT, last_year
 
-from make_us_rich.candles import SAMPLE_LABEL, VALUE_COLUMNS, fake_candles
-from make_us_rich.export import convert_model
-from make_us_rich.features import CandleFeatures, frame_tensors
-from make_us_rich.forecasting import OnnxModel, open_session
-from make_us_rich.model_store import DataSpan, Golden, Manifest, ModelStore
-from make_us_rich.pooled import Pooled, finetune, pretrain
-from make_us_rich.settings import LEVELS
-from make_us_rich.training import load_recipe, training_loop
+from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, fake_candles
+from make_us_rich.models.export import convert_model
+from make_us_rich.models.features import CandleFeatures, frame_tensors
+from make_us_rich.registry.served_model import OnnxModel, open_session
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.models.pooled import Pooled, finetune, pretrain
+from make_us_rich.models.baselines import LEVELS
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.training import training_loop
 
 SERIES = "BTCUSDT-1h.parquet"
 
@@ -67,7 +69,7 @@ def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
         data=DataSpan(source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash="-"),
         cutoff=last, created_at=last, verdict={"passed": True}, golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
         libraries={}, git_revision="-", run_id="bench",
-    ), model)  # fmt: skip
+    ), model)
     return OnnxModel(store.load("BTC_USDT", "1h", version))
 
 
@@ -77,7 +79,7 @@ def forecast_times(frame: pd.DataFrame, model: bytes, rounds: int, calls: int = 
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
     one, window = np.ones(1), product.window
     ways: tuple[Callable[[np.ndarray, np.ndarray], object], ...] = (
-        product.predict, lambda candles, moment: bare.run(None, {"candles": candles, "open_time": moment, "width": one}))  # fmt: skip
+        product.predict, lambda candles, moment: bare.run(None, {"candles": candles, "open_time": moment, "width": one}))
     for i in range(rounds):
         for k in range(-20, calls):  # the first twenty warm up
             end = len(frame) - k % 100

@@ -16,9 +16,12 @@ from accuracy import DATA
 from basket import histories, one_each
 from peers import HOURS
 
-from make_us_rich import evaluation
-from make_us_rich.candles import Interval
-from make_us_rich.evaluation import Base, HarT, crps, dm_test, next_returns, scorable_rows
+from make_us_rich.models import har as evaluation
+from make_us_rich.market.series import Interval
+from make_us_rich.market.candles import next_returns, scorable_rows
+from make_us_rich.models.baselines import Base
+from make_us_rich.models.har import HarT
+from make_us_rich.evaluation.scores import crps, dm_test
 
 
 def coarse(hourly: pd.DataFrame, hours: int) -> pd.DataFrame:
@@ -33,9 +36,9 @@ def coarse(hourly: pd.DataFrame, hours: int) -> pd.DataFrame:
 
 
 def realised(frame: pd.DataFrame, returns: np.ndarray, taps: int | None = None) -> np.ndarray:
-    "In the place of `evaluation._variance`: the finer candles' variance, one wild print tamed in the same way."
+    "In the place of `evaluation.candle_variance`: the finer candles' variance, one wild print tamed in the same way."
     variance = frame["fine"].to_numpy()
-    before = np.append(np.inf, evaluation._decayed(variance, 240, taps)[:-1])
+    before = np.append(np.inf, evaluation.decayed_mean(variance, 240, taps)[:-1])
     return np.minimum(variance, 100 * before + 1e-10)
 
 

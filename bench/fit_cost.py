@@ -19,8 +19,9 @@ from sklearn.preprocessing import MinMaxScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from make_us_rich.model import LSTMRegressor
-from make_us_rich.training import load_recipe, training_loop
+from make_us_rich.models.network import LSTMRegressor
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.training import training_loop
 
 WINDOW, EPOCHS_SEEN = 120, 15
 
@@ -68,7 +69,7 @@ def features_row_by_row(frame: pd.DataFrame) -> pd.DataFrame:
         when = candle["timestamp"]
         rows.append({"day_of_week": when.day_of_week, "day_of_month": when.day, "week_of_year": when.week, "month_of_year": when.month,
                      "open": candle["open"], "high": candle["high"], "low": candle["low"], "close": candle["close"],
-                     "close_change": candle["close"] - candle["open"]})  # fmt: skip
+                     "close_change": candle["close"] - candle["open"]})
     return pd.DataFrame(rows)
 
 

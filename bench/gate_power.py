@@ -20,11 +20,18 @@ import pandas as pd
 import torch
 
 from make_us_rich import evaluation, features, model, training
-from make_us_rich.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.evaluation import Base, HarT, crps, forecast_returns, gate, next_returns, scorable_rows, widen
-from make_us_rich.peers import peer_features
-from make_us_rich.settings import LEVELS, MEDIAN
-from make_us_rich.training import load_recipe, training_loop
+from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
+from make_us_rich.market.candles import next_returns, scorable_rows
+from make_us_rich.models.baselines import Base
+from make_us_rich.models.har import HarT
+from make_us_rich.models.network import forecast_returns
+from make_us_rich.evaluation.scores import crps
+from make_us_rich.evaluation.calibration import widen
+from make_us_rich.evaluation.gate import gate
+from make_us_rich.evaluation.peers import peer_features
+from make_us_rich.models.baselines import LEVELS, MEDIAN
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.training import training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 YEAR, HELD, SPAN, STEP = 8_760, 2_076, 876, 168
@@ -79,7 +86,7 @@ def candidates(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> dict[str
         "good": Q, "flipped sign": Q - 2 * centre, "width x 1.5": widen(Q, 1.5), "width x 0.67": widen(Q, 0.67),
         "bias +0.3 s": Q + 0.3 * scale, "bias -0.3 s": Q - 0.3 * scale, "no location": Q - centre,
         "volatility 24 h old": Q * (s[rows - 24] / s[rows])[:, None],
-    }  # fmt: skip
+    }
 
 
 def judge(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, champion: np.ndarray) -> list[dict[str, object]]:

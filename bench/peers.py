@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich import evaluation, peers
-from make_us_rich.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.evaluation import coverage, crps, dm_test, hit_rate, next_returns, scorable_rows
-from make_us_rich.peers import PEERS, make_peer
-from make_us_rich.settings import LEVELS, MEDIAN
+from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
+from make_us_rich.market.candles import next_returns, scorable_rows
+from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
+from make_us_rich.evaluation.peers import PEERS, make_peer
+from make_us_rich.models.baselines import LEVELS, MEDIAN
 
 ROOT = Path(__file__).resolve().parents[1]
 HOURS, LEAST = 8_760, 8_700  # a year; a year with some hours missing
@@ -65,7 +66,7 @@ def measure(table: pd.DataFrame) -> dict[str, object]:
         "y": y, "point": point, "loss": crps(y, Q), **{f"cov{percent}": coverage(y, Q, percent) for percent in (50, 80, 95)},
         "mae": np.abs(error).mean() / np.abs(y).mean(), "rmse": np.sqrt((error**2).mean() / (y**2).mean()),
         "cpu": float(table["cpu"].iloc[0]),
-    }  # fmt: skip
+    }
 
 
 def against(mine: list[np.ndarray], theirs: list[np.ndarray]) -> str:
@@ -93,7 +94,7 @@ def summary(name: str, found: dict[str, dict[str, dict]]) -> dict[str, str]:
         "50/80/95 %": " / ".join(f"{mean[f'cov{percent}']:.3f}" for percent in (50, 80, 95)),
         "hit rate [95 %]": f"{hit.share:.3f} [{hit.low:.3f}, {hit.high:.3f}]" if hit.n else "names none",
         "MAE/close": f"{mean['mae']:.4f}", "RMSE/close": f"{mean['rmse']:.4f}", "CPU s/pair": f"{mean['cpu']:.2f}",
-    }  # fmt: skip
+    }
 
 
 def one_series(series: str, by_peer: dict[str, dict]) -> dict[str, str]:

@@ -15,15 +15,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from make_us_rich.candles import VALUE_COLUMNS, clean_candles, content_hash, find_gaps, read_candles
-from make_us_rich.export import convert_model
-from make_us_rich.forecasting import open_session
-from make_us_rich.ledger import load_record, record_sentence
-from make_us_rich.model_store import DataSpan, Golden, Manifest, ModelStore
-from make_us_rich.replay import ReplayServer
-from make_us_rich.service import Service
-from make_us_rich.settings import LEVELS, get_settings
-from make_us_rich.training import load_recipe, training_loop
+from make_us_rich.market.candles import VALUE_COLUMNS, clean_candles, content_hash, find_gaps, read_candles
+from make_us_rich.models.export import convert_model
+from make_us_rich.registry.served_model import open_session
+from make_us_rich.serving.ledger import load_record
+from make_us_rich.serving.track_record import record_sentence
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.serving.service import Service
+from make_us_rich.core.settings import get_settings
+from make_us_rich.models.baselines import LEVELS
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.models.training import training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -57,14 +61,14 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
     span = DataSpan(
         source=LABEL, label=LABEL, first=known["timestamp"].iloc[0], last=known["timestamp"].iloc[-1], rows=len(known),
         gaps=len(find_gaps(known, "1h")), content_hash=content_hash(known),
-    )  # fmt: skip
+    )
     made = cutoff.to_pydatetime()
     manifest = Manifest(
         pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
         recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.hash,
         data=span, cutoff=made, created_at=made, scores=[], verdict={"passed": True}, libraries={}, git_revision="",
         golden=Golden.of(candles, times, quantiles[0], float(scale[0])), run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
-    )  # fmt: skip
+    )
     store.promote(pair, "1h", store.publish(manifest, model))
     return time.process_time() - begun
 

@@ -37,13 +37,14 @@ FINAL = ("published", "refused", "failed")
 
 def light_run(pair, **options):
     "`run_training` as it is, with another `run_notebook` under it."
-    from make_us_rich import runs
+    from make_us_rich.runs import runner
+    from make_us_rich.runs import train as train_page
 
     if os.environ.get("SIM_KERNELS") != "1":
-        runs.run_notebook = light_notebook
+        runner.run_notebook = light_notebook
     act = f"exec(open({os.environ['SIM_ACT']!r}).read())" if os.environ.get("SIM_KERNELS") == "1" else ""
     parameters = options.pop("parameters") | {"history_days": 3} | ({"act": act} if act else {})
-    return runs.run_training(pair, parameters=parameters, **options | {"notebook": NOTEBOOK})
+    return train_page.run_training(pair, parameters=parameters, **options | {"notebook": NOTEBOOK})
 
 
 def chaos(run_id):
@@ -65,7 +66,7 @@ def chaos(run_id):
 
 def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, environment=None, on_progress=None):
     "What `run_notebook` does, without papermill and Jupyter: a child process, a publication, a file."
-    from make_us_rich.runs import Execution
+    from make_us_rich.runs.run import Execution
 
     output.parent.mkdir(parents=True, exist_ok=True)
     what = chaos(parameters["run_id"])
@@ -97,10 +98,11 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 def publish(parameters, promote):
     import numpy as np
 
-    from make_us_rich.candle_store import CandleStore
-    from make_us_rich.candles import VALUE_COLUMNS
-    from make_us_rich.model_store import DataSpan, Golden, Manifest, ModelStore
-    from make_us_rich.settings import LEVELS
+    from make_us_rich.market.candle_store import CandleStore
+    from make_us_rich.market.candles import VALUE_COLUMNS
+    from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+    from make_us_rich.registry.store import ModelStore
+    from make_us_rich.models.baselines import LEVELS
 
     frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], "1h", rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
@@ -111,7 +113,7 @@ def publish(parameters, promote):
         pair=parameters["pair"], interval="1h", window=24, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, run_id=run_id,
         recipe_hash=run_id.rsplit("-", 1)[1], data=span, cutoff=cutoff, created_at=cutoff, scores=[],
         verdict={"passed": True}, golden=Golden.of(values, times, np.linspace(1, 2, 21), 1.0), libraries={}, git_revision="-",
-    )  # fmt: skip
+    )
     models = ModelStore(parameters["models_url"])
     version = models.publish(draft, b"noise " + os.urandom(16))
     if promote:
@@ -135,8 +137,9 @@ if what == "disk_full": raise OSError(28, "No space left on device")
 
 def schedule_process(spec):
     "The schedule that the simulation starts and kills."
-    from make_us_rich.schedule import Options, PlanFile, Schedule, run_forever
-    from make_us_rich.settings import get_settings
+    from make_us_rich.schedule.plan import PlanFile
+    from make_us_rich.schedule.schedule import Options, Schedule, run_forever
+    from make_us_rich.core.settings import get_settings
 
     sys.modules.setdefault("simulated_month", sys.modules[__name__])
     schedule = Schedule(get_settings(**spec["settings"]), PlanFile(Path(spec["plan"])), Options(**spec["options"]))
@@ -194,10 +197,10 @@ class Simulation:
     "The month; `run()` plays it, `verdict()` compares."
 
     def __init__(self, folder, pairs, hours, seed=1, kernels=False, jobs=2, tick=0.3, say=print):
-        from make_us_rich.candles import fake_candles
-        from make_us_rich.database import connect, migrate
-        from make_us_rich.replay import ReplayServer
-        from make_us_rich.settings import get_settings
+        from make_us_rich.market.candles import fake_candles
+        from make_us_rich.core.database import connect, migrate
+        from make_us_rich.market.replay import ReplayServer
+        from make_us_rich.core.settings import get_settings
 
         self.folder, self.hours, self.jobs, self.say = folder, hours, jobs, say
         names = ["BTC", "ETH", "SOL", "XRP", "ADA", "DOT", "LTC", "LINK", "AVAX", "DOGE", *(f"C{i:02}" for i in range(40))][:pairs]
@@ -211,7 +214,7 @@ class Simulation:
         os.environ |= {
             "SIM_FOLDER": str(folder), "SIM_SEED": str(seed), "SIM_TOKEN": self.token, "SIM_KERNELS": "1" if kernels else "0",
             "SIM_DISK_FULL": f"{full:%Y%m%dT%H%M%SZ}", "SIM_ACT": str(folder / "act.py"),
-        }  # fmt: skip
+        }
         (folder / "act.py").write_text(REAL_ACT % str(HERE.parent))
         (folder / "pairs.yaml").write_text("pairs: [" + ", ".join(self.pairs) + "]\npretrain: false\n")
         shared = {"home": str(folder / "store"), "runs": str(folder / "runs"), "exchange_url": self.server.url, "history_days": 3}
@@ -229,7 +232,8 @@ class Simulation:
     def rows(self, cutoff=None):
         from sqlalchemy import select
 
-        from make_us_rich.database import RunRow, session
+        from make_us_rich.core.tables import RunRow
+        from make_us_rich.core.database import session
 
         with session(self.engine) as s:
             return list(s.scalars(select(RunRow).where(*([RunRow.cutoff == cutoff] if cutoff is not None else []))))
@@ -248,7 +252,7 @@ class Simulation:
             time.sleep(0.03)
 
     def run(self):
-        from make_us_rich.replay import Faults
+        from make_us_rich.market.replay import Faults
 
         hours = self.hours
         outages = set(range(hours // 4, hours // 4 + max(1, hours // 200)))
@@ -294,7 +298,7 @@ class Simulation:
 
     def clean(self):
         "Remove old versions and leftovers, and see that the leftovers are gone."
-        from make_us_rich.model_store import ModelStore
+        from make_us_rich.registry.store import ModelStore
 
         models = ModelStore(self.settings.store_url)
         models.clean(keep=24, grace="0s")
@@ -307,7 +311,7 @@ class Simulation:
         A manifest is written last, so an upload that was killed before it is not a version: nothing loads or points to it, and `clean`
         takes it away. Such leftovers are counted, at most one for each killed worker, and must be gone after a cleaning.
         """
-        from make_us_rich.model_store import ModelStore
+        from make_us_rich.registry.store import ModelStore
 
         models, rows = ModelStore(self.settings.store_url), self.rows()
         for pair in self.pairs:

@@ -30,10 +30,11 @@ RESULTS = HERE.parent / "results" / "throughput.md"
 BARE = """
 import json, sys, time
 start = time.perf_counter()
-from make_us_rich.export import convert_model, validate_model
-from make_us_rich.forecasting import forecast_pair
-from make_us_rich.pool_report import train_pair
-from make_us_rich.report import judge, open_run, publish_fallback, publish_or_refuse, walk_test_span
+from make_us_rich.models.export import convert_model, validate_model
+from make_us_rich.serving.forecasting import forecast_pair
+from make_us_rich.runs.pretrain import train_pair
+from make_us_rich.runs.report import judge, open_run, walk_test_span
+from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
 imports, steps = time.perf_counter() - start, []
 for pair in json.loads(sys.argv[2]):
     marks = [("", time.perf_counter(), time.process_time())]
@@ -55,7 +56,7 @@ print(json.dumps({"imports": imports, "steps": steps}))
 
 def make_frames(names):
     "The two samples under many names, all on the dates of BTC_USDT."
-    from make_us_rich.candles import load_sample
+    from make_us_rich.market.candles import load_sample
 
     btc, sol = load_sample("BTC_USDT"), load_sample("SOL_USDT")
     rows = min(len(btc), len(sol))
@@ -67,8 +68,9 @@ def make_frames(names):
 
 def play(settings, names, jobs):
     "Retrain each pair once, as `mkrich schedule --once` does; figures."
-    from make_us_rich.run_ledger import RunLedger
-    from make_us_rich.schedule import Entry, Options, Plan, Schedule, run_once
+    from make_us_rich.runs.ledger import RunLedger
+    from make_us_rich.schedule.plan import Entry, Plan
+    from make_us_rich.schedule.schedule import Options, Schedule, run_once
 
     entries = {e.key: e for e in (Entry(pair=name) for name in names)}
     schedule = Schedule(settings, Plan(entries, ""), Options(jobs=jobs))
@@ -79,7 +81,7 @@ def play(settings, names, jobs):
     schedule.watch.engine.dispose()
     warm = rows[jobs:] or rows  # a worker's first run waits for its fork server
     return {"pairs": len(names), "jobs": jobs, "wall": wall, "inside": mean(r.seconds for r in warm), **parts(warm),
-            "states": dict(Counter(r.state for r in rows)), "reasons": [r.reason[:90] for r in rows if r.state == "failed"]}  # fmt: skip
+            "states": dict(Counter(r.state for r in rows)), "reasons": [r.reason[:90] for r in rows if r.state == "failed"]}
 
 
 def parts(rows):
@@ -102,10 +104,10 @@ def main():
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    from make_us_rich.model_store import ModelStore
-    from make_us_rich.replay import ReplayServer
-    from make_us_rich.runs import run_pretraining
-    from make_us_rich.settings import get_settings
+    from make_us_rich.registry.store import ModelStore
+    from make_us_rich.market.replay import ReplayServer
+    from make_us_rich.runs.train import run_pretraining
+    from make_us_rich.core.settings import get_settings
 
     counts = [int(n) for n in args.pairs.split(",")]
     names = [f"P{i:02}_USDT" for i in range(max(counts))]
@@ -121,7 +123,7 @@ def main():
             print(f"pooled network: {done.state} {done.reason} {done.seconds:.0f} s", flush=True)
         server.clock.advance("1h")
         bare = json.loads(subprocess.run([sys.executable, "-c", BARE, str(settings.home), json.dumps(names[:3]), server.url],
-                                         capture_output=True, text=True, check=True).stdout)  # fmt: skip
+                                         capture_output=True, text=True, check=True).stdout)
         print(json.dumps(bare), flush=True)
         found = []
         for jobs, count in [(1, min(5, max(counts))), *((args.jobs, n) for n in counts)]:
@@ -144,7 +146,7 @@ def report(bare, found, load):
         "Recipe `finetune` from a pooled network, a year of hourly candles, whole runs: process tree, executed notebook with its pictures, gate, store, ledger, HTML page.",
         "W&B is off. The start of the workers and of their nurseries (imports, once per worker) is part of each wall time.", "",
         "| pairs | at once | wall s | s inside a run | runs per hour | outcomes |", "|--:|--:|--:|--:|--:|---|",
-    ]  # fmt: skip
+    ]
     for f in found:
         outcomes = ", ".join(f"{n} {state}" for state, n in f["states"].items())
         rate = f["pairs"] / f["wall"] * 3600
@@ -160,7 +162,7 @@ def report(bare, found, load):
     lines += [
         f"Overhead of the notebook over the bare call, one run at a time, the worker warm: **{alone['inside'] - wall:.1f} s** a run: pictures {alone['pictures']:.1f} s,",
         f"papermill with its kernel {alone['papermill']:.1f} s, start and end of the process tree {rest:.1f} s, tables and what a fresh process does slower {work:.1f} s.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -56,8 +56,8 @@ def test_an_executed_notebook_is_found(planted):
     def execute(nb):
         next(c for c in nb["cells"] if c["cell_type"] == "code")["execution_count"] = 3
 
-    edit(planted / "nbs" / "01_candles.ipynb", execute)
-    assert any("01_candles.ipynb: not clean" in p for p in check.not_clean())
+    edit(planted / "nbs" / "02_market/01_series.ipynb", execute)
+    assert any("02_market/01_series.ipynb: not clean" in p for p in check.not_clean())
 
 
 def test_an_edited_library_and_an_orphan_are_found(planted):
@@ -70,8 +70,8 @@ def test_an_edited_library_and_an_orphan_are_found(planted):
 
 
 def test_an_upward_import_is_found(planted):
-    edit(planted / "nbs" / "01_candles.ipynb", lambda nb: nb["cells"][-1].update(source=["from make_us_rich.replay import ReplayServer"]))
-    assert any("01_candles.ipynb: imports replay from 04_replay.ipynb" in p for p in check.upward_imports())
+    edit(planted / "nbs" / "02_market/01_series.ipynb", lambda nb: nb["cells"][-1].update(source=["from make_us_rich.market.replay import ReplayServer"]))
+    assert any("02_market/01_series.ipynb: imports replay from 02_market/07_replay.ipynb" in p for p in check.upward_imports())
 
 
 def test_a_lost_parameters_tag_is_found(planted):
@@ -90,8 +90,8 @@ def test_a_stale_readme_is_found(planted):
 
 def test_a_leaked_path_is_found(planted):
     output = {"output_type": "stream", "name": "stdout", "text": ["/root/somebody/store\n"]}
-    edit(planted / "nbs" / "01_candles.ipynb", lambda nb: nb["cells"][-1].update(outputs=[output]))
-    assert any("01_candles.ipynb: holds" in p for p in check.not_clean())
+    edit(planted / "nbs" / "02_market/01_series.ipynb", lambda nb: nb["cells"][-1].update(outputs=[output]))
+    assert any("02_market/01_series.ipynb: holds" in p for p in check.not_clean())
 
 
 def test_uneven_pins_are_found(planted):

@@ -37,14 +37,14 @@ def test_a_wheel_carries_notebooks_sample_recipes_and_types(wheel):
     names = {str(p.relative_to(wheel / "make_us_rich")) for p in (wheel / "make_us_rich").rglob("*") if p.is_file()}
     wanted = {"notebooks/run_train.ipynb", "sample/NOTICE", "sample/BTC_USDT-1h.parquet", "sample/SOL_USDT-1h.parquet",
               "recipes/default.yaml", "recipes/original.yaml", "py.typed",
-              "templates/api/page.html", "templates/api/login.html", "templates/api/docs.html"}  # fmt: skip
+              "templates/api/page.html", "templates/api/login.html", "templates/api/docs.html"}
     assert wanted <= names, wanted - names
     assert not any(n.endswith((".onnx", ".ckpt", ".pkl")) for n in names)
 
 
 def test_an_installed_wheel_finds_its_notebook_and_sample(wheel):
     code = (
-        "import make_us_rich; from make_us_rich.runs import find_notebook; from make_us_rich.candles import load_sample;"
+        "import make_us_rich; from make_us_rich.runs.run import find_notebook; from make_us_rich.market.candles import load_sample;"
         "print(make_us_rich.__file__); print(find_notebook('run_train.ipynb')); print(len(load_sample()))"
     )
     module, notebook, rows = run(code, wheel).splitlines()

@@ -1,4 +1,4 @@
-"""The quick gates, in order: notebooks clean, library in step, imports point down, run notebooks sound, README in step.
+"""The quick gates, in order: notebooks clean, library in step, imports point down, cells readable, run notebooks sound, README in step.
 
 Works on copies, so it changes nothing and does not care what is committed. Exits 1 with one line for each finding.
 """
@@ -12,11 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from make_us_rich.secrets import canaries
-
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LIBRARY = "make_us_rich"
+# what only an executed or private notebook holds
+CANARIES = re.compile(r"injected-parameters|papermill|(?:/home|/root|/Users)/\w+|\bmur_[A-Za-z0-9_-]{30,}|-----BEGIN")
 
 
 def notebooks() -> list[Path]:
@@ -35,10 +35,18 @@ def module_of(path: Path) -> str | None:
 def scratch(folder: Path) -> Path:
     "A copy of what nbdev reads; of the library only what no notebook exports (nbdev indexes it)."
     shutil.copytree(ROOT / "nbs", folder / "nbs")
-    for part in (p for p in (ROOT / LIBRARY).iterdir() if p.is_dir() and p.name != "__pycache__"):
-        shutil.copytree(part, folder / LIBRARY / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.parquet"))
+    for path in (ROOT / LIBRARY).rglob("*.py"):
+        if by_hand(path):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
+
+
+def by_hand(path: Path) -> bool:
+    "Whether a Python file of the library is none of a notebook's: what lies deeper than a room's pages, and `__init__`."
+    return len(path.relative_to(ROOT / LIBRARY).parts) > 2 or path.name == "__init__.py"
 
 
 def nbdev(command: str, folder: Path) -> None:
@@ -51,7 +59,7 @@ def not_clean() -> list[str]:
         copy = scratch(Path(folder))
         nbdev("nbdev_clean", copy)
         dirty = [p.name for p in notebooks() if p.read_text() != (copy / p.relative_to(ROOT)).read_text()]
-    leaks = [f"{p.name}: holds {found[0]!r}" for p in notebooks() if (found := canaries("\n".join(_visible(p))))]
+    leaks = [f"{p.name}: holds {found[0]!r}" for p in notebooks() if (found := CANARIES.search("\n".join(_visible(p))))]
     counts = [p.name for p in notebooks() if '"execution_count": null' not in p.read_text() and cells(p)]
     return [f"{name}: not clean; run make export" for name in dirty + counts] + [f"{leak}; remove it" for leak in leaks]
 
@@ -66,24 +74,35 @@ def not_in_step() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         copy = scratch(Path(folder))
         nbdev("nbdev_export", copy)
-        want, have = ({p.name: p.read_text() for p in (r / LIBRARY).glob("*.py")} for r in (copy, ROOT))
+        want, have = ({str(p.relative_to(r)): p.read_text() for p in (r / LIBRARY).rglob("*.py")} for r in (copy, ROOT))
     differ = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
-    orphan = [n for n in differ if n not in want]
     remedy = {True: "no notebook exports it; delete it", False: "not what the notebooks export; run make export"}
-    return [f"{LIBRARY}/{n}: {remedy[n in orphan]}" for n in differ]
+    return [f"{n}: {remedy[n not in want]}" for n in differ]
 
 
 def upward_imports() -> list[str]:
-    number = {m: p.name for p in notebooks() if (m := module_of(p)) and re.match(r"\d\d", p.name)}
+    "A page imports, in any of its cells, from pages that stand before it; `nbs/pages` and `nbs/explore` stand after all."
+    page = {m: str(p.relative_to(ROOT / "nbs")) for p in notebooks() if (m := module_of(p))}
     found = []
     for p in notebooks():
-        if not re.match(r"\d\d", p.name):
+        here = str(p.relative_to(ROOT / "nbs"))
+        if here not in page.values():
             continue
-        for name in re.findall(rf"(?:from|import)\s+{LIBRARY}\.(\w+)", "\n".join(cells(p))):
-            if number.get(name, "99") > p.name:
-                found.append(f"{p.name}: imports {name} from {number.get(name, 'nowhere')}; imports point to lower numbers only")
-    shared = [m for m in number if sum(module_of(p) == m for p in notebooks()) > 1]
+        for name in imported("\n".join(cells(p))):
+            if (there := page.get(name, "")) >= here:
+                found.append(f"{here}: imports {name} from {there}; imports point to earlier pages only")
+            elif not there:
+                found.append(f"{here}: imports {name}, which no page exports; name the page's module")
+    shared = [m for m in page if sum(module_of(p) == m for p in notebooks()) > 1]
     return found + [f"two notebooks export to {m}; one module has one notebook" for m in shared]
+
+
+def imported(code: str) -> set[str]:
+    "The modules of the library that this code imports, as `room.page`; the package itself and a room's own files are not meant."
+    names = set(re.findall(rf"(?:from|import)\s+{LIBRARY}\.(\w+\.\w+)", code))
+    for room, pages in re.findall(rf"from\s+{LIBRARY}\.(\w+)\s+import\s+([\w, ]+)", code):
+        names |= {f"{room}.{page.split()[0]}" for page in pages.split(",") if page.strip()}
+    return names
 
 
 def unsound_runs() -> list[str]:

@@ -1,1 +1,0 @@
-"""Alembic's scripts: how the tables of make_us_rich.database came to be, one step a file."""

@@ -1,9 +1,0 @@
-"""What Alembic runs for every command; the connection and its transaction come from make_us_rich.database."""
-
-from alembic import context
-
-from make_us_rich.database import Base
-
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True)
-with context.begin_transaction():
-    context.run_migrations()
