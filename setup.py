@@ -43,9 +43,14 @@ setuptools.setup(
     packages=setuptools.find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={
         cfg["lib_path"]: [
-            "py.typed", "models/recipes/*.yaml", "market/sample/*", "core/migrations/**", "dashboard/template/**", "schedule/engine/*.py",
+            "py.typed",
+            "models/recipes/*.yaml",
+            "market/sample/*",
+            "core/migrations/**",
+            "dashboard/template/**",
+            "schedule/engine/*.py",
             "api/templates/**",
-        ],
+        ]
     },
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in EXTRAS},

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from make_us_rich.market.candles import clean_candles, read_candles
-from make_us_rich.market.candles import scorable_rows
+from make_us_rich.evaluation.scores import evaluate
+from make_us_rich.market.candles import clean_candles, read_candles, scorable_rows
 from make_us_rich.models.har import HarT
 from make_us_rich.models.network import forecast_returns
-from make_us_rich.evaluation.scores import evaluate
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
 
@@ -37,7 +36,9 @@ def last_year(path: Path) -> pd.DataFrame:
     return frame[-HOURS:].reset_index(drop=True)
 
 
-def fit_and_score(frame: pd.DataFrame, recipe_name: str, peers: bool = True, **overrides: object) -> tuple[pd.DataFrame, float]:
+def fit_and_score(
+    frame: pd.DataFrame, recipe_name: str, peers: bool = True, **overrides: object
+) -> tuple[pd.DataFrame, float]:
     "Scores on the test span, one row for each model, and the CPU seconds of the fit."
     result = training_loop(frame, load_recipe(recipe_name, **overrides), progress=True)
     test = result.split.test
@@ -51,11 +52,18 @@ def fit_and_score(frame: pd.DataFrame, recipe_name: str, peers: bool = True, **o
 def line(pair: str, scores: pd.Series, cpu: float, har: float) -> dict[str, object]:
     "One line of the table in words that the reader knows."
     return {
-        "series": pair, "hours": int(scores["n"]), "CRPS/base": f"{scores['crps/base']:.4f}", "DM t": f"{scores['dm_t']:.1f}",
+        "series": pair,
+        "hours": int(scores["n"]),
+        "CRPS/base": f"{scores['crps/base']:.4f}",
+        "DM t": f"{scores['dm_t']:.1f}",
         "HAR-t CRPS/base": f"{har:.4f}",
-        "50 %": f"{scores['cov50']:.3f}", "80 %": f"{scores['cov80']:.3f}", "95 %": f"{scores['cov95']:.3f}",
+        "50 %": f"{scores['cov50']:.3f}",
+        "80 %": f"{scores['cov80']:.3f}",
+        "95 %": f"{scores['cov95']:.3f}",
         "hit rate [95 %]": f"{scores['hit']:.3f} [{scores['hit_low']:.3f}, {scores['hit_high']:.3f}]",
-        "MAE/close": f"{scores['mae/naive']:.4f}", "RMSE/close": f"{scores['rmse/naive']:.4f}", "fit CPU s": f"{cpu:.1f}",
+        "MAE/close": f"{scores['mae/naive']:.4f}",
+        "RMSE/close": f"{scores['rmse/naive']:.4f}",
+        "fit CPU s": f"{cpu:.1f}",
     }
 
 

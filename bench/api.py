@@ -62,7 +62,9 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def ask(port: int, path: str, token: str, seconds: float, connections: int, pause: float = 0.0) -> tuple[list[float], int]:
+async def ask(
+    port: int, path: str, token: str, seconds: float, connections: int, pause: float = 0.0
+) -> tuple[list[float], int]:
     "Seconds of each answered request, and how many failed."
     took: list[float] = []
     failed, end = [0], time.perf_counter() + seconds
@@ -86,14 +88,26 @@ async def ask(port: int, path: str, token: str, seconds: float, connections: int
     return took, failed[0]
 
 
-def measure(server: subprocess.Popen, port: int, path: str, token: str, seconds: float, connections: int = 16, pause: float = 0.0) -> dict:
+def measure(
+    server: subprocess.Popen,
+    port: int,
+    path: str,
+    token: str,
+    seconds: float,
+    connections: int = 16,
+    pause: float = 0.0,
+) -> dict:
     cpu, start = cpu_of(server.pid), time.perf_counter()
     took, failed = asyncio.run(ask(port, path, token, seconds, connections, pause))
     span, used = time.perf_counter() - start, cpu_of(server.pid) - cpu
     took.sort()
     return {
-        "rate": len(took) / span, "p50": took[len(took) // 2] * 1000, "p99": took[int(len(took) * 0.99)] * 1000,
-        "cpu": used / len(took) * 1e6, "failed": failed, "n": len(took),
+        "rate": len(took) / span,
+        "p50": took[len(took) // 2] * 1000,
+        "p99": took[int(len(took) * 0.99)] * 1000,
+        "cpu": used / len(took) * 1e6,
+        "failed": failed,
+        "n": len(took),
     }
 
 
@@ -143,16 +157,19 @@ def main() -> None:
     options = parser.parse_args()
     from tiny_model import publish, sample
 
-    from make_us_rich.market.candles import SAMPLE_LABEL
-    from make_us_rich.core.database import connect, migrate, session
-    from make_us_rich.registry.store import ModelStore
-    from make_us_rich.market.replay import ReplayServer
     from make_us_rich.api.accounts import add_user, create_token
+    from make_us_rich.core.database import connect, migrate, session
+    from make_us_rich.market.candles import SAMPLE_LABEL
+    from make_us_rich.market.replay import ReplayServer
+    from make_us_rich.registry.store import ModelStore
 
     frame, now = sample("BTC_USDT"), pd.Timestamp.now("UTC")
     closed = frame["timestamp"].iloc[3000] + pd.Timedelta("1h")
     opening = closed + pd.Timedelta("5s")
-    with tempfile.TemporaryDirectory() as folder, ReplayServer({"BTC_USDT": frame}, now=opening, label=SAMPLE_LABEL) as exchange:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ReplayServer({"BTC_USDT": frame}, now=opening, label=SAMPLE_LABEL) as exchange,
+    ):
         home = Path(folder) / "home"
         store = ModelStore((home / "models").as_uri(), exchange.clock.now)
         publish(store, "BTC_USDT", closed - pd.Timedelta("3h"))
@@ -168,14 +185,20 @@ def main() -> None:
             idle = {kind: (cpu_of(process.pid) - idle[kind]) / 5 for kind, (process, _) in processes.items()}
             paths = {"empty": "/", "open": "/v1/forecasts/BTC_USDT", "token": "/v1/forecasts/BTC_USDT"}
             rounds = [
-                {kind: measure(*processes[kind], paths[kind], token, options.seconds) for kind in processes} for _ in range(options.rounds)
+                {kind: measure(*processes[kind], paths[kind], token, options.seconds) for kind in processes}
+                for _ in range(options.rounds)
             ]
-            middle = {kind: {key: statistics.median(r[kind][key] for r in rounds) for key in rounds[0][kind]} for kind in processes}
+            middle = {
+                kind: {key: statistics.median(r[kind][key] for r in rounds) for key in rounds[0][kind]}
+                for kind in processes
+            }
             swapping = processes["swaps"] = start("swaps", home, exchange.url, 0.3)
             still = measure(*swapping, paths["token"], token, max(options.seconds, 10), 4, 0.02)
             fork = multiprocessing.get_context("fork")  # it inherits the trained graph
             told = fork.Queue()
-            changing = fork.Process(target=swaps, args=(told, store, "BTC_USDT", closed, options.swaps, swapping[1], token))
+            changing = fork.Process(
+                target=swaps, args=(told, store, "BTC_USDT", closed, options.swaps, swapping[1], token)
+            )
             changing.start()
             moving: list[dict] = []
             while changing.is_alive():
@@ -189,11 +212,18 @@ def main() -> None:
         "rate": statistics.median(r["open"]["rate"] / r["empty"]["rate"] for r in rounds),
         "cpu": statistics.median(r["empty"]["cpu"] / r["open"]["cpu"] for r in rounds),
     }
-    p99, asked, failed = statistics.median(m["p99"] for m in moving), sum(m["n"] for m in moving), sum(m["failed"] for m in moving)
+    p99, asked, failed = (
+        statistics.median(m["p99"] for m in moving),
+        sum(m["n"] for m in moving),
+        sum(m["failed"] for m in moving),
+    )
     lines = [
         "| route | requests/s | p50 ms | p99 ms | server CPU us |",
         "|---|---|---|---|---|",
-        *(f"| {name} | {m['rate']:.0f} | {m['p50']:.2f} | {m['p99']:.2f} | {m['cpu']:.0f} |" for name, m in middle.items()),
+        *(
+            f"| {name} | {m['rate']:.0f} | {m['p50']:.2f} | {m['p99']:.2f} | {m['cpu']:.0f} |"
+            for name, m in middle.items()
+        ),
         "",
         f"- GET of a forecast / empty route: throughput **{ratio['rate']:.2f}**, by CPU **{ratio['cpu']:.2f}** (wanted: >= 0.7).",
         f"- Token and quota add {middle['token']['cpu'] - middle['open']['cpu']:.0f} us of CPU to a call (SQLite, one exact statement).",

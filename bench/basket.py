@@ -22,14 +22,13 @@ import torch
 from peers import COLUMNS, HOURS, LEAST, STABLE, forecast, markdown
 
 from make_us_rich import features, model, pooled, training
-from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.market.candles import next_returns, scorable_rows
-from make_us_rich.models.network import forecast_returns
-from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
 from make_us_rich.evaluation.calibration import online_width, widen
+from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
+from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.models.baselines import MEDIAN, RANGES
+from make_us_rich.models.network import forecast_returns
 from make_us_rich.models.pooled import Pooled, finetune, first_test_candle, pretrain
 from make_us_rich.models.recipe import load_recipe
-from make_us_rich.models.baselines import MEDIAN, RANGES
 from make_us_rich.models.training import training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +60,10 @@ def last_year(frame: pd.DataFrame, fold: int) -> pd.DataFrame | None:
 
 def one_each(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     "The pool: a series whose span lies inside that of another one of the same pair is not counted twice."
-    spans = {name: (name.split("-")[0], frame["timestamp"].iloc[0], frame["timestamp"].iloc[-1]) for name, frame in frames.items()}
+    spans = {
+        name: (name.split("-")[0], frame["timestamp"].iloc[0], frame["timestamp"].iloc[-1])
+        for name, frame in frames.items()
+    }
 
     def inside(name: str, other: str) -> bool:
         (pair, first, last), (pair2, first2, last2) = spans[name], spans[other]
@@ -91,7 +93,9 @@ def default_folder(fold: int) -> Path:
 def keep(target: Path, year: pd.DataFrame, rows: np.ndarray, forecaster: torch.nn.Module, cpu: float) -> None:
     "Write the forecasts of one design on one series."
     Q = forecast_returns(forecaster, year, rows)
-    table = pd.DataFrame(Q, columns=COLUMNS).assign(y=next_returns(year, rows), row=rows, cpu=cpu, shrink=float(forecaster.shrink))
+    table = pd.DataFrame(Q, columns=COLUMNS).assign(
+        y=next_returns(year, rows), row=rows, cpu=cpu, shrink=float(forecaster.shrink)
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     table.to_parquet(part)
@@ -138,9 +142,16 @@ def measure(year: pd.DataFrame, table: pd.DataFrame, shrink: float | None = None
     weeks = inside[: len(inside) // 168 * 168].reshape(-1, 168).mean(1)
     point = Q[:, MEDIAN]
     return {
-        "y": y, "point": point, "raw": crps(y, Q), "loss": crps(y, shown), "cpu": float(table["cpu"].iloc[0]),
-        "before": [coverage(y, Q, p) for p in RANGES], "after": [coverage(y, shown, p) for p in RANGES], "week": np.abs(weeks - 0.8).max(),
-        "mae": np.abs(y - point).mean() / np.abs(y).mean(), "rmse": np.sqrt(((y - point) ** 2).mean() / (y**2).mean()),
+        "y": y,
+        "point": point,
+        "raw": crps(y, Q),
+        "loss": crps(y, shown),
+        "cpu": float(table["cpu"].iloc[0]),
+        "before": [coverage(y, Q, p) for p in RANGES],
+        "after": [coverage(y, shown, p) for p in RANGES],
+        "week": np.abs(weeks - 0.8).max(),
+        "mae": np.abs(y - point).mean() / np.abs(y).mean(),
+        "rmse": np.sqrt(((y - point) ** 2).mean() / (y**2).mean()),
     }
 
 
@@ -161,11 +172,14 @@ def summary(label: str, mine: list[dict], rivals: dict[str, list[dict]], loss: s
     hit = hit_rate(np.concatenate([one["y"] for one in mine]), np.concatenate([one["point"] for one in mine]))
     spread = lambda key: " / ".join(f"{100 * share:.1f}" for share in np.mean([one[key] for one in mine], axis=0))  # noqa: E731
     return {
-        "model": label, **{f"CRPS/{name}": against(mine, theirs, loss) for name, theirs in rivals.items()},
-        "50/80/95 before": spread("before"), "after width": spread("after"),
+        "model": label,
+        **{f"CRPS/{name}": against(mine, theirs, loss) for name, theirs in rivals.items()},
+        "50/80/95 before": spread("before"),
+        "after width": spread("after"),
         "worst week, mean (max)": f"{100 * np.mean([one['week'] for one in mine]):.1f} ({100 * max(one['week'] for one in mine):.1f})",
         "hit rate [95 %]": f"{hit.share:.4f} [{hit.low:.4f}, {hit.high:.4f}]" if hit.n else "names none",
-        "MAE/close": f"{np.mean([one['mae'] for one in mine]):.4f}", "RMSE/close": f"{np.mean([one['rmse'] for one in mine]):.4f}",
+        "MAE/close": f"{np.mean([one['mae'] for one in mine]):.4f}",
+        "RMSE/close": f"{np.mean([one['rmse'] for one in mine]):.4f}",
         "CPU s/pair": f"{np.mean([one['cpu'] for one in mine]):.2f}",
     }
 
@@ -179,12 +193,17 @@ def goals(mine: list[dict], rivals: dict[str, list[dict]]) -> list[dict[str, str
     week, mae, rmse = (float(np.mean([one[key] for one in mine])) for key in ("week", "mae", "rmse"))
     lines = [
         ("CRPS/base, mean <= .970", f"{ratio['base'].mean():.4f}", ratio["base"].mean() <= 0.970),
-        ("CRPS/base < 1 on each series", f"{below} of {len(mine)}, worst {ratio['base'].max():.4f}", below == len(mine)),
+        (
+            "CRPS/base < 1 on each series",
+            f"{below} of {len(mine)}, worst {ratio['base'].max():.4f}",
+            below == len(mine),
+        ),
         *((f"CRPS/{n} <= {g}", f"{ratio[n].mean():.4f}", ratio[n].mean() <= g) for n, g in limits),
         ("coverage 50/80/95 within 1.5 points", " / ".join(f"{100 * x:.1f}" for x in off), (off <= 0.015).all()),
         ("worst week of the 80 % band <= 5 points (mean of series)", f"{100 * week:.1f}", week <= 0.05),
         ("lower bound of the hit rate > .51", f"{hit.low:.4f}", hit.low > 0.51),
-        ("MAE/close <= 1.000", f"{mae:.4f}", mae <= 1.0), ("RMSE/close <= 1.002", f"{rmse:.4f}", rmse <= 1.002),
+        ("MAE/close <= 1.000", f"{mae:.4f}", mae <= 1.0),
+        ("RMSE/close <= 1.002", f"{rmse:.4f}", rmse <= 1.002),
     ]
     return [{"goal": goal, "found": found, "": "reached" if ok else "NOT reached"} for goal, found, ok in lines]
 
@@ -193,11 +212,17 @@ def run(data: Path, fold: int, series: list[str], out: Path) -> str:
     "Forecast what is not there yet, then make the tables."
     frames = histories(data, series)
     found = {name: last_year(frame, fold) for name, frame in frames.items()}
-    years = {name: year for name, year in found.items() if year is not None and (not series or any(text in name for text in series))}
+    years = {
+        name: year
+        for name, year in found.items()
+        if year is not None and (not series or any(text in name for text in series))
+    }
     groups = grouped({name: first_test_candle(year, load_recipe("pooled")) for name, year in years.items()})
     for names in groups:
         run_group(names, years, one_each(frames), out)
-    tables = {name: {key: pd.read_parquet(out / name / f"{key}.parquet") for key in (*RIVALS, *DESIGNS)} for name in years}
+    tables = {
+        name: {key: pd.read_parquet(out / name / f"{key}.parquet") for key in (*RIVALS, *DESIGNS)} for name in years
+    }
     rivals = {key: [measure(years[name], tables[name][key]) for name in years] for key in RIVALS}
     designs = {key: [measure(years[name], tables[name][key]) for name in years] for key in DESIGNS}
     unshrunk = {key: [measure(years[name], tables[name][key], shrink=1.0) for name in years] for key in DESIGNS}
@@ -215,7 +240,9 @@ def run(data: Path, fold: int, series: list[str], out: Path) -> str:
     for i, name in enumerate(years):
         base = rivals["base"][i]["raw"]
         losses = {DESIGNS.get(key, key): found[i]["raw"] for key, found in (designs | rivals).items() if key != "base"}
-        cells = {key: f"{loss.mean() / base.mean():.4f} ({dm_test(loss - base)[0]:+.1f})" for key, loss in losses.items()}
+        cells = {
+            key: f"{loss.mean() / base.mean():.4f} ({dm_test(loss - base)[0]:+.1f})" for key, loss in losses.items()
+        }
         times = years[name]["timestamp"].iloc[scored_rows(years[name])]
         span = f"{times.iloc[0]:%Y-%m-%d} to {times.iloc[-1]:%Y-%m-%d}"
         each.append({"series": name, "hours": str(len(base)), "span": span, **cells})
@@ -224,7 +251,14 @@ def run(data: Path, fold: int, series: list[str], out: Path) -> str:
     note = f"{len(years)} series, {hours:,} hours. Groups with one pooled network each: {sizes}."
     note += " Ratios: mean over series (series below 1, t across series). Coverage in %. MAE, RMSE against the last close; CPU s of a fit."
     aims = markdown(goals(designs["fine-tuned"], rivals))
-    parts = [markdown(main), note, "Goals, for pooled + fine-tune:", aims, "The median, shrunk and not:", markdown(shrunk)]
+    parts = [
+        markdown(main),
+        note,
+        "Goals, for pooled + fine-tune:",
+        aims,
+        "The median, shrunk and not:",
+        markdown(shrunk),
+    ]
     return "\n\n".join([*parts, "CRPS/base (DM t) of each series:", markdown(each)])
 
 
@@ -233,9 +267,15 @@ if __name__ == "__main__":
     shared = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=shared, help="folder with the Parquet files")
     parser.add_argument("--fold", type=int, default=0, help="0: the test span; 1, 2 ...: before it")
-    parser.add_argument("--series", nargs="+", default=[], help="only score series whose name contains one of these; the pool keeps all")
+    parser.add_argument(
+        "--series", nargs="+", default=[], help="only score series whose name contains one of these; the pool keeps all"
+    )
     parser.add_argument("--out", type=Path, help="where forecasts are kept; default: a temporary folder")
-    parser.add_argument("--save", action="store_true", help="keep the tables in bench/results/basket.md (test span) or basket_fold<N>.md")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="keep the tables in bench/results/basket.md (test span) or basket_fold<N>.md",
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     text = run(asked.data, asked.fold, asked.series, asked.out or default_folder(asked.fold))

@@ -43,8 +43,13 @@ def visit(context, running) -> dict[str, float]:
     kernels = [p for p in children if p.name() == KERNEL_NAME]
     memory = kernels[-1].memory_full_info()
     facts = {
-        "chart s": end - start, "spinner s": painted - start, "answer s": answered - start, "server+kernel CPU s": cpu(running) - before,
-        "kernel MB": memory.rss / 2**20, "kernel PSS MB": memory.pss / 2**20, "transfer MB": sum(sizes) / 2**20,
+        "chart s": end - start,
+        "spinner s": painted - start,
+        "answer s": answered - start,
+        "server+kernel CPU s": cpu(running) - before,
+        "kernel MB": memory.rss / 2**20,
+        "kernel PSS MB": memory.pss / 2**20,
+        "transfer MB": sum(sizes) / 2**20,
     }
     page.goto("about:blank")
     page.close()
@@ -110,7 +115,9 @@ def main() -> None:
     names = list(told[0][1][0])
     lines = [f"| visit | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for kind, facts in told:
-        cells = [f"{statistics.median(f[name] for f in facts):.2f} ({min(f[name] for f in facts):.2f})" for name in names]
+        cells = [
+            f"{statistics.median(f[name] for f in facts):.2f} ({min(f[name] for f in facts):.2f})" for name in names
+        ]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     load = f"Load of the machine ({os.cpu_count()} cores) before and after: {loads[0]:.1f}, {loads[1]:.1f}."
     text = "\n".join(lines) + f"\n\nMedian (smallest) of {options.visits} visits, one for `first`. {load}\n"

@@ -21,15 +21,15 @@ import torch
 from accuracy import DATA, ROOT, last_year
 
 from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, fake_candles
+from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import convert_model
 from make_us_rich.models.features import CandleFeatures, frame_tensors
-from make_us_rich.registry.served_model import OnnxModel, open_session
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.store import ModelStore
 from make_us_rich.models.pooled import Pooled, finetune, pretrain
-from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.served_model import OnnxModel, open_session
+from make_us_rich.registry.store import ModelStore
 
 SERIES = "BTCUSDT-1h.parquet"
 
@@ -61,15 +61,41 @@ def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
     "The bytes as a version in a store, loaded as the product loads it."
     session, store = open_session(model), ModelStore("memory://")
     window = int(session.get_inputs()[0].shape[1])
-    candles, times = frame[VALUE_COLUMNS].to_numpy("float64")[-window:], frame["timestamp"].astype("int64").to_numpy()[-window:]
+    candles, times = (
+        frame[VALUE_COLUMNS].to_numpy("float64")[-window:],
+        frame["timestamp"].astype("int64").to_numpy()[-window:],
+    )
     quantiles, scale = session.run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
     first, last = frame["timestamp"].iloc[[0, -1]]
-    version = store.publish(Manifest(
-        pair="BTC_USDT", interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, recipe_hash="-", scores=[],
-        data=DataSpan(source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash="-"),
-        cutoff=last, created_at=last, verdict={"passed": True}, golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
-        libraries={}, git_revision="-", run_id="bench",
-    ), model)
+    version = store.publish(
+        Manifest(
+            pair="BTC_USDT",
+            interval="1h",
+            window=window,
+            columns=VALUE_COLUMNS,
+            levels=list(LEVELS),
+            recipe={},
+            recipe_hash="-",
+            scores=[],
+            data=DataSpan(
+                source=SAMPLE_LABEL,
+                label=SAMPLE_LABEL,
+                first=first,
+                last=last,
+                rows=len(frame),
+                gaps=0,
+                content_hash="-",
+            ),
+            cutoff=last,
+            created_at=last,
+            verdict={"passed": True},
+            golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
+            libraries={},
+            git_revision="-",
+            run_id="bench",
+        ),
+        model,
+    )
     return OnnxModel(store.load("BTC_USDT", "1h", version))
 
 
@@ -79,7 +105,9 @@ def forecast_times(frame: pd.DataFrame, model: bytes, rounds: int, calls: int = 
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
     one, window = np.ones(1), product.window
     ways: tuple[Callable[[np.ndarray, np.ndarray], object], ...] = (
-        product.predict, lambda candles, moment: bare.run(None, {"candles": candles, "open_time": moment, "width": one}))
+        product.predict,
+        lambda candles, moment: bare.run(None, {"candles": candles, "open_time": moment, "width": one}),
+    )
     for i in range(rounds):
         for k in range(-20, calls):  # the first twenty warm up
             end = len(frame) - k % 100
@@ -122,13 +150,27 @@ def report(data: Path, quick: bool) -> str:
     model = file_of(frame)
     ours, bare = forecast_times(frame, model, 3 if quick else 10)
     p99, floor = np.percentile(ours, 99, axis=1), np.percentile(bare, 99, axis=1)
-    calm = f"median {np.median(ours):.2f}, p99 of the calmest round {p99.min():.2f}, of all {np.percentile(ours, 99):.2f}"
+    calm = (
+        f"median {np.median(ours):.2f}, p99 of the calmest round {p99.min():.2f}, of all {np.percentile(ours, 99):.2f}"
+    )
     line("one forecast, ms", calm, "p99 < 2", np.percentile(ours, 99) < 2)
-    line("the same over a bare session", f"median {np.median(ours) / np.median(bare):.3f}, p99 {np.median(p99 / floor):.3f}", "-", True)
+    line(
+        "the same over a bare session",
+        f"median {np.median(ours) / np.median(bare):.3f}, p99 {np.median(p99 / floor):.3f}",
+        "-",
+        True,
+    )
     hashes = [hashlib.sha256(model).hexdigest(), hash_with(1, data), hash_with(2, data)]
-    line("same bytes in other processes, 1 and 2 threads", " ".join(text[:12] for text in hashes), "all the same", len(set(hashes)) == 1)
+    line(
+        "same bytes in other processes, 1 and 2 threads",
+        " ".join(text[:12] for text in hashes),
+        "all the same",
+        len(set(hashes)) == 1,
+    )
     facts = f"BTCUSDT, {len(frame):,} candles; load of the machine at the end {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
-    return "\n".join([facts, "", "| what | found | goal | |", "| --- | --- | --- | --- |", *lines]).replace("| - | reached |", "| | |")
+    return "\n".join([facts, "", "| what | found | goal | |", "| --- | --- | --- | --- |", *lines]).replace(
+        "| - | reached |", "| | |"
+    )
 
 
 if __name__ == "__main__":
@@ -136,7 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the Parquet files")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--save", action="store_true", help="keep the text in bench/results/engine.md")
-    parser.add_argument("--hash", type=int, metavar="THREADS", help="only print the hash of the file that so many threads make")
+    parser.add_argument(
+        "--hash", type=int, metavar="THREADS", help="only print the hash of the file that so many threads make"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(asked.hash or 1)
     if asked.hash:

@@ -16,12 +16,12 @@ from accuracy import DATA
 from basket import histories, one_each
 from peers import HOURS
 
-from make_us_rich.models import har as evaluation
-from make_us_rich.market.series import Interval
+from make_us_rich.evaluation.scores import crps, dm_test
 from make_us_rich.market.candles import next_returns, scorable_rows
+from make_us_rich.market.series import Interval
+from make_us_rich.models import har as evaluation
 from make_us_rich.models.baselines import Base
 from make_us_rich.models.har import HarT
-from make_us_rich.evaluation.scores import crps, dm_test
 
 
 def coarse(hourly: pd.DataFrame, hours: int) -> pd.DataFrame:
@@ -30,7 +30,16 @@ def coarse(hourly: pd.DataFrame, hours: int) -> pd.DataFrame:
     spread, body = np.log(hourly["high"] / hourly["low"]), np.log(hourly["close"] / hourly["open"])
     fine = 0.5 * (returns**2 + (0.5 * spread**2 - (2 * np.log(2) - 1) * body**2).clip(lower=0))
     groups = hourly.assign(fine=fine, n=1).groupby(hourly["timestamp"].dt.floor(f"{hours}h"))
-    rules = {"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum", "trades": "sum", "fine": "sum", "n": "sum"}
+    rules = {
+        "open": "first",
+        "high": "max",
+        "low": "min",
+        "close": "last",
+        "volume": "sum",
+        "trades": "sum",
+        "fine": "sum",
+        "n": "sum",
+    }
     frame = groups.agg(rules).reset_index()
     return frame[frame["n"] == hours].drop(columns="n").reset_index(drop=True)
 

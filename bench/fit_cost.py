@@ -67,9 +67,19 @@ def features_row_by_row(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, candle in frame.iterrows():
         when = candle["timestamp"]
-        rows.append({"day_of_week": when.day_of_week, "day_of_month": when.day, "week_of_year": when.week, "month_of_year": when.month,
-                     "open": candle["open"], "high": candle["high"], "low": candle["low"], "close": candle["close"],
-                     "close_change": candle["close"] - candle["open"]})
+        rows.append(
+            {
+                "day_of_week": when.day_of_week,
+                "day_of_month": when.day,
+                "week_of_year": when.week,
+                "month_of_year": when.month,
+                "open": candle["open"],
+                "high": candle["high"],
+                "low": candle["low"],
+                "close": candle["close"],
+                "close_change": candle["close"] - candle["open"],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -84,7 +94,12 @@ def original_way(frame: pd.DataFrame, epochs: int | None) -> tuple[float, float,
     parts = torch.utils.data.Subset(windows, range(cut)), torch.utils.data.Subset(windows, range(cut, len(windows)))
     prepared = time.process_time()
     pl.seed_everything(42, verbose=False)
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     stop = pl.callbacks.EarlyStopping("valid/loss", patience=2)
     trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs or 100, callbacks=[stop], **silent)
     trainer.fit(ReportModule(), DataLoader(parts[0], 64), DataLoader(parts[1], 1))
@@ -101,10 +116,16 @@ if __name__ == "__main__":
     frame = last_year(asked.data / "BTCUSDT-1h.parquet")
     ours = [training_loop(frame, load_recipe(), progress=False).cpu_seconds for _ in range(2)]
     preparation, epoch, ran = original_way(frame, asked.epochs)
-    ours.append(training_loop(frame, load_recipe(), progress=False).cpu_seconds)  # before and after: the machine's mood may change
+    ours.append(
+        training_loop(frame, load_recipe(), progress=False).cpu_seconds
+    )  # before and after: the machine's mood may change
     counted = EPOCHS_SEEN if asked.epochs else ran
     total, fit = preparation + counted * epoch, float(np.mean(ours))
-    how = f"{ran} run, EXTRAPOLATED to the {EPOCHS_SEEN} of the study's faithful run" if asked.epochs else "stopped by itself"
+    how = (
+        f"{ran} run, EXTRAPOLATED to the {EPOCHS_SEEN} of the study's faithful run"
+        if asked.epochs
+        else "stopped by itself"
+    )
     text = (
         f"BTCUSDT, {len(frame)} candles, one thread, CPU seconds of one process.\n\n"
         f"| fit | CPU s |\n| --- | --- |\n| default, 3 nets (runs: {', '.join(f'{run:.1f}' for run in ours)}) | {fit:.1f} |\n"

@@ -20,16 +20,14 @@ import pandas as pd
 import torch
 
 from make_us_rich import evaluation, features, model, training
-from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.market.candles import next_returns, scorable_rows
-from make_us_rich.models.baselines import Base
-from make_us_rich.models.har import HarT
-from make_us_rich.models.network import forecast_returns
-from make_us_rich.evaluation.scores import crps
 from make_us_rich.evaluation.calibration import widen
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.peers import peer_features
-from make_us_rich.models.baselines import LEVELS, MEDIAN
+from make_us_rich.evaluation.scores import crps
+from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.models.baselines import LEVELS, MEDIAN, Base
+from make_us_rich.models.har import HarT
+from make_us_rich.models.network import forecast_returns
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
 
@@ -83,8 +81,13 @@ def candidates(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> dict[str
     centre, s = Q[:, [MEDIAN]], peer_features(frame)[1]
     scale = s[rows][:, None]
     return {
-        "good": Q, "flipped sign": Q - 2 * centre, "width x 1.5": widen(Q, 1.5), "width x 0.67": widen(Q, 0.67),
-        "bias +0.3 s": Q + 0.3 * scale, "bias -0.3 s": Q - 0.3 * scale, "no location": Q - centre,
+        "good": Q,
+        "flipped sign": Q - 2 * centre,
+        "width x 1.5": widen(Q, 1.5),
+        "width x 0.67": widen(Q, 0.67),
+        "bias +0.3 s": Q + 0.3 * scale,
+        "bias -0.3 s": Q - 0.3 * scale,
+        "no location": Q - centre,
         "volatility 24 h old": Q * (s[rows - 24] / s[rows])[:, None],
     }
 
@@ -115,13 +118,21 @@ def table(found: pd.DataFrame) -> str:
     for (model_name, candidate), group in found.groupby(["model", "candidate"], sort=False):
         shares = [f"{group[name].mean():.0%}" for name in ("alone", "champion")]
         shares += [f"{np.mean([rule in refused for refused in group['refused']]):.0%}" for rule in rules]
-        lines.append("| " + " | ".join([str(model_name), str(candidate), f"{group['cost'].mean():+.2f}", str(len(group)), *shares]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([str(model_name), str(candidate), f"{group['cost'].mean():+.2f}", str(len(group)), *shares])
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def run(data: Path, count: int, series: list[str], out: Path) -> str:
     found = []
-    pieces = [(path.stem, i, piece) for path in sorted(data.glob("*.parquet")) for i, piece in enumerate(segments(path, count))]
+    pieces = [
+        (path.stem, i, piece)
+        for path in sorted(data.glob("*.parquet"))
+        for i, piece in enumerate(segments(path, count))
+    ]
     pieces = [piece for piece in pieces if not series or any(text in piece[0] for text in series)]
     if not pieces:
         raise SystemExit(f"{data} holds no series of {YEAR + HELD:,} candles; name another folder with --data")
@@ -129,12 +140,17 @@ def run(data: Path, count: int, series: list[str], out: Path) -> str:
         for stem, i, frame in pieces:
             rows = scorable_rows(frame, np.arange(YEAR - 1, len(frame) - 1))
             Q, champion = (
-                kept(out / f"{stem}-{i}" / f"{name}-{role}.parquet", lambda make=make, frame=frame, rows=rows: make(frame, rows))
+                kept(
+                    out / f"{stem}-{i}" / f"{name}-{role}.parquet",
+                    lambda make=make, frame=frame, rows=rows: make(frame, rows),
+                )
                 for role, make in (("good", good), ("champion", other))
             )
             judged = pd.DataFrame(judge(frame, rows, Q, champion)).assign(model=name, series=f"{stem} {i}")
             found.append(judged)
-            print(name, stem, i, judged.groupby("candidate", sort=False)["champion"].mean().round(2).to_dict(), flush=True)
+            print(
+                name, stem, i, judged.groupby("candidate", sort=False)["champion"].mean().round(2).to_dict(), flush=True
+            )
     everything = pd.concat(found)
     note = f"{len(pieces)} held-out segments of {len({stem for stem, _, _ in pieces})} series. Windows overlap: they are not independent."
     small = "The served median is shrunk towards the last close by what it was worth in the past. Where that left little of it, turning"
@@ -148,7 +164,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=shared, help="folder with the Parquet files")
     parser.add_argument("--segments", type=int, default=1, help="segments of each series, newest first")
     parser.add_argument("--series", nargs="+", default=[], help="only series whose file name contains one of these")
-    parser.add_argument("--out", type=Path, default=folder_of_code(), help="where forecasts are kept; default: a temporary folder")
+    parser.add_argument(
+        "--out", type=Path, default=folder_of_code(), help="where forecasts are kept; default: a temporary folder"
+    )
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results/gate_power.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich import evaluation, peers
-from make_us_rich.market.candles import clean_candles, find_gaps, read_candles
-from make_us_rich.market.candles import next_returns, scorable_rows
-from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
 from make_us_rich.evaluation.peers import PEERS, make_peer
+from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
+from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
 from make_us_rich.models.baselines import LEVELS, MEDIAN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +48,9 @@ def forecast(name: str, frame: pd.DataFrame, rows: np.ndarray, target: Path) -> 
     if not target.is_file():
         start = time.process_time()
         Q = make_peer(name).fit(frame, int(rows[0])).quantiles(frame, rows)
-        table = pd.DataFrame(Q, columns=COLUMNS).assign(opened=frame["timestamp"].to_numpy()[rows], y=next_returns(frame, rows))
+        table = pd.DataFrame(Q, columns=COLUMNS).assign(
+            opened=frame["timestamp"].to_numpy()[rows], y=next_returns(frame, rows)
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}.part")
         table.assign(cpu=time.process_time() - start).to_parquet(part)
@@ -63,8 +64,12 @@ def measure(table: pd.DataFrame) -> dict[str, object]:
     point = Q[:, MEDIAN]
     error = y - point
     return {
-        "y": y, "point": point, "loss": crps(y, Q), **{f"cov{percent}": coverage(y, Q, percent) for percent in (50, 80, 95)},
-        "mae": np.abs(error).mean() / np.abs(y).mean(), "rmse": np.sqrt((error**2).mean() / (y**2).mean()),
+        "y": y,
+        "point": point,
+        "loss": crps(y, Q),
+        **{f"cov{percent}": coverage(y, Q, percent) for percent in (50, 80, 95)},
+        "mae": np.abs(error).mean() / np.abs(y).mean(),
+        "rmse": np.sqrt((error**2).mean() / (y**2).mean()),
         "cpu": float(table["cpu"].iloc[0]),
     }
 
@@ -89,11 +94,18 @@ def summary(name: str, found: dict[str, dict[str, dict]]) -> dict[str, str]:
     mean = {key: np.mean([one[key] for one in mine]) for key in ("cov50", "cov80", "cov95", "mae", "rmse", "cpu")}
     return {
         "peer": name,
-        "CRPS/base": f"{ratio.mean():.4f}", "worst": f"{ratio.max():.4f}", "< base": f"{(ratio < 1).sum()}/{len(ratio)}",
-        **{f"against {peer} (wins, t over series, t over hours)": against(losses[name], losses[peer]) for peer in rivals},
+        "CRPS/base": f"{ratio.mean():.4f}",
+        "worst": f"{ratio.max():.4f}",
+        "< base": f"{(ratio < 1).sum()}/{len(ratio)}",
+        **{
+            f"against {peer} (wins, t over series, t over hours)": against(losses[name], losses[peer])
+            for peer in rivals
+        },
         "50/80/95 %": " / ".join(f"{mean[f'cov{percent}']:.3f}" for percent in (50, 80, 95)),
         "hit rate [95 %]": f"{hit.share:.3f} [{hit.low:.3f}, {hit.high:.3f}]" if hit.n else "names none",
-        "MAE/close": f"{mean['mae']:.4f}", "RMSE/close": f"{mean['rmse']:.4f}", "CPU s/pair": f"{mean['cpu']:.2f}",
+        "MAE/close": f"{mean['mae']:.4f}",
+        "RMSE/close": f"{mean['rmse']:.4f}",
+        "CPU s/pair": f"{mean['cpu']:.2f}",
     }
 
 
@@ -102,12 +114,19 @@ def one_series(series: str, by_peer: dict[str, dict]) -> dict[str, str]:
     base = by_peer["base"]["loss"]
     losses = {name: one["loss"] for name, one in by_peer.items() if name != "base"}
     cells = {name: f"{loss.mean() / base.mean():.4f} ({dm_test(loss - base)[0]:+.1f})" for name, loss in losses.items()}
-    return {"series": series, "hours": str(len(base)), **cells, "CPU s": f"{sum(one['cpu'] for one in by_peer.values()):.1f}"}
+    return {
+        "series": series,
+        "hours": str(len(base)),
+        **cells,
+        "CPU s": f"{sum(one['cpu'] for one in by_peer.values()):.1f}",
+    }
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
     head = list(rows[0])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *[list(row.values()) for row in rows]])
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *[list(row.values()) for row in rows]]
+    )
 
 
 def run(data: Path, names: list[str], series: list[str], out: Path) -> str:
@@ -122,25 +141,43 @@ def run(data: Path, names: list[str], series: list[str], out: Path) -> str:
             left_out.append(path.stem)
             continue
         rows = scorable_rows(frame, np.arange(len(frame) - round(len(frame) / 10), len(frame)))
-        found[path.stem] = {name: measure(forecast(name, frame, rows, out / path.stem / f"{name}.parquet")) for name in names}
+        found[path.stem] = {
+            name: measure(forecast(name, frame, rows, out / path.stem / f"{name}.parquet")) for name in names
+        }
         print(one_series(path.stem, found[path.stem]), flush=True)
     if not found:
-        raise SystemExit(f"{data} holds no series of {LEAST:,} candles without a hole of more than a day; name another folder with --data")
+        raise SystemExit(
+            f"{data} holds no series of {LEAST:,} candles without a hole of more than a day; name another folder with --data"
+        )
     basket = {series: by_peer for series, by_peer in found.items() if by_peer["base"]["y"].std() > STABLE} or found
     pegged = [series for series in found if series not in basket]
     total = sum(len(by_peer["base"]["loss"]) for by_peer in basket.values())
     note = f"{len(basket)} series, {total:,} hours. Left out (too short, or a hole of more than a day): {', '.join(left_out) or 'none'}."
-    note += f" Only in the second table, because a pegged price moves on a grid of ticks: {', '.join(pegged)}." if pegged else ""
-    return "\n\n".join([markdown([summary(name, basket) for name in names]), note, markdown([one_series(*item) for item in found.items()])])
+    note += (
+        f" Only in the second table, because a pegged price moves on a grid of ticks: {', '.join(pegged)}."
+        if pegged
+        else ""
+    )
+    return "\n\n".join(
+        [
+            markdown([summary(name, basket) for name in names]),
+            note,
+            markdown([one_series(*item) for item in found.items()]),
+        ]
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     shared = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=shared, help="folder with the Parquet files")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="only these; base is always among them")
+    parser.add_argument(
+        "--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="only these; base is always among them"
+    )
     parser.add_argument("--series", nargs="+", default=[], help="only series whose file name contains one of these")
-    parser.add_argument("--out", type=Path, default=default_folder(), help="where forecasts are kept; default: a temporary folder")
+    parser.add_argument(
+        "--out", type=Path, default=default_folder(), help="where forecasts are kept; default: a temporary folder"
+    )
     parser.add_argument("--save", action="store_true", help="keep the tables in bench/results/peers.md")
     asked = parser.parse_args()
     text = run(asked.data, list(dict.fromkeys(["base", *asked.peers])), asked.series, asked.out)

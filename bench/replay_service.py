@@ -15,29 +15,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from make_us_rich.market.candles import VALUE_COLUMNS, clean_candles, content_hash, find_gaps, read_candles
-from make_us_rich.models.export import convert_model
-from make_us_rich.registry.served_model import open_session
-from make_us_rich.serving.ledger import load_record
-from make_us_rich.serving.track_record import record_sentence
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.serving.service import Service
 from make_us_rich.core.settings import get_settings
+from make_us_rich.market.candles import VALUE_COLUMNS, clean_candles, content_hash, find_gaps, read_candles
+from make_us_rich.market.replay import ReplayServer
 from make_us_rich.models.baselines import LEVELS
+from make_us_rich.models.export import convert_model
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.served_model import open_session
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.serving.ledger import load_record
+from make_us_rich.serving.service import Service
+from make_us_rich.serving.track_record import record_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
-FILES = {"BTC_USDT": "BTCUSDT-1h", "SOL_USDT": "SOLUSDT-1h", "LTC_USDT": "LTCUSDT-1h", "ADA_USDT": "ADAUSDT-1h", "XLM_USDT": "XLMUSDT-1h"}
+FILES = {
+    "BTC_USDT": "BTCUSDT-1h",
+    "SOL_USDT": "SOLUSDT-1h",
+    "LTC_USDT": "LTCUSDT-1h",
+    "ADA_USDT": "ADAUSDT-1h",
+    "XLM_USDT": "XLMUSDT-1h",
+}
 HOUR, LABEL = pd.Timedelta("1h"), "historical candles, dates moved"
 
 
 def moved_frames(data: Path) -> dict[str, pd.DataFrame]:
     "The newest 8,000 closed candles of each pair, moved by whole weeks so that they overlap."
-    frames = {pair: clean_candles(read_candles(data / f"{name}.parquet")[:-1], "1h")[0].tail(8000) for pair, name in FILES.items()}
+    frames = {
+        pair: clean_candles(read_candles(data / f"{name}.parquet")[:-1], "1h")[0].tail(8000)
+        for pair, name in FILES.items()
+    }
     first = max(frame["timestamp"].iloc[0] for frame in frames.values())
     moved = {}
     for pair, frame in frames.items():
@@ -59,15 +68,32 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
     quantiles, scale = session.run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
     cutoff = known["timestamp"].iloc[-1] + HOUR
     span = DataSpan(
-        source=LABEL, label=LABEL, first=known["timestamp"].iloc[0], last=known["timestamp"].iloc[-1], rows=len(known),
-        gaps=len(find_gaps(known, "1h")), content_hash=content_hash(known),
+        source=LABEL,
+        label=LABEL,
+        first=known["timestamp"].iloc[0],
+        last=known["timestamp"].iloc[-1],
+        rows=len(known),
+        gaps=len(find_gaps(known, "1h")),
+        content_hash=content_hash(known),
     )
     made = cutoff.to_pydatetime()
     manifest = Manifest(
-        pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
-        recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.hash,
-        data=span, cutoff=made, created_at=made, scores=[], verdict={"passed": True}, libraries={}, git_revision="",
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
+        pair=pair,
+        interval="1h",
+        window=window,
+        columns=VALUE_COLUMNS,
+        levels=list(LEVELS),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_hash=recipe.hash,
+        data=span,
+        cutoff=made,
+        created_at=made,
+        scores=[],
+        verdict={"passed": True},
+        libraries={},
+        git_revision="",
+        golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
+        run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
     )
     store.promote(pair, "1h", store.publish(manifest, model))
     return time.process_time() - begun
@@ -89,7 +115,10 @@ def replay(frames: dict[str, pd.DataFrame], hours: int, retrain: int, options: d
                 assert len(server.calls) - calls == len(frames), "not one call per pair and hour"
             if hour % retrain == 0:
                 known = {pair: frame[frame["timestamp"] + HOUR <= now] for pair, frame in frames.items()}
-                fits += [train_and_publish(store, pair, frame.reset_index(drop=True), options) for pair, frame in known.items()]
+                fits += [
+                    train_and_publish(store, pair, frame.reset_index(drop=True), options)
+                    for pair, frame in known.items()
+                ]
             if service is None:
                 service = Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start()
             elif hour % 24 == 23:  # a restart a day
@@ -99,11 +128,17 @@ def replay(frames: dict[str, pd.DataFrame], hours: int, retrain: int, options: d
         report(service, store, frames, hours, closed)
         service.stop()
     cost = 1e3 * np.mean(ticks) / len(frames)
-    print(f"\n{len(fits)} fits, {np.mean(fits):.1f} CPU s each; one hour of one pair costs the service {cost:.0f} CPU ms")
-    print(f"(replay exchange included; median of a turn over {len(frames)} pairs {np.median(ticks):.2f} CPU s, worst {max(ticks):.2f})")
+    print(
+        f"\n{len(fits)} fits, {np.mean(fits):.1f} CPU s each; one hour of one pair costs the service {cost:.0f} CPU ms"
+    )
+    print(
+        f"(replay exchange included; median of a turn over {len(frames)} pairs {np.median(ticks):.2f} CPU s, worst {max(ticks):.2f})"
+    )
 
 
-def report(service: Service, store: ModelStore, frames: dict[str, pd.DataFrame], hours: int, closed: pd.Timestamp) -> None:
+def report(
+    service: Service, store: ModelStore, frames: dict[str, pd.DataFrame], hours: int, closed: pd.Timestamp
+) -> None:
     for pair, frame in frames.items():
         rows = load_record(service.engine, pair)
         assert list(rows["target_open"]) == [closed + n * HOUR for n in range(hours)], f"{pair}: not one row an hour"
@@ -130,7 +165,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        replay(moved_frames(told.data), told.hours, told.retrain, {"epochs": told.epochs, "members": told.members}, Path(home))
+        replay(
+            moved_frames(told.data),
+            told.hours,
+            told.retrain,
+            {"epochs": told.epochs, "members": told.members},
+            Path(home),
+        )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,12 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
     if what == "disk_full":
         error = "OSError: [Errno 28] No space left on device"
         return Execution("cell_error", f"{error} (in cell 5 of 5: Publish)", error=error)
-    result = {"run_id": parameters["run_id"], "state": "refused", "version": "", "reasons": ["the CRPS is above the base's"]}
+    result = {
+        "run_id": parameters["run_id"],
+        "state": "refused",
+        "version": "",
+        "reasons": ["the CRPS is above the base's"],
+    }
     if what != "refuse":
         result |= {"state": "published", "version": publish(parameters, promote=what != "late"), "reasons": []}
         if what == "late":
@@ -100,9 +105,9 @@ def publish(parameters, promote):
 
     from make_us_rich.market.candle_store import CandleStore
     from make_us_rich.market.candles import VALUE_COLUMNS
+    from make_us_rich.models.baselines import LEVELS
     from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
     from make_us_rich.registry.store import ModelStore
-    from make_us_rich.models.baselines import LEVELS
 
     frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], "1h", rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
@@ -110,9 +115,22 @@ def publish(parameters, promote):
     span = DataSpan(source="sim", label="synthetic", first=first, last=last, rows=24, gaps=0, content_hash="")
     run_id, cutoff = parameters["run_id"], parameters["cutoff"]
     draft = Manifest(
-        pair=parameters["pair"], interval="1h", window=24, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, run_id=run_id,
-        recipe_hash=run_id.rsplit("-", 1)[1], data=span, cutoff=cutoff, created_at=cutoff, scores=[],
-        verdict={"passed": True}, golden=Golden.of(values, times, np.linspace(1, 2, 21), 1.0), libraries={}, git_revision="-",
+        pair=parameters["pair"],
+        interval="1h",
+        window=24,
+        columns=VALUE_COLUMNS,
+        levels=list(LEVELS),
+        recipe={},
+        run_id=run_id,
+        recipe_hash=run_id.rsplit("-", 1)[1],
+        data=span,
+        cutoff=cutoff,
+        created_at=cutoff,
+        scores=[],
+        verdict={"passed": True},
+        golden=Golden.of(values, times, np.linspace(1, 2, 21), 1.0),
+        libraries={},
+        git_revision="-",
     )
     models = ModelStore(parameters["models_url"])
     version = models.publish(draft, b"noise " + os.urandom(16))
@@ -137,9 +155,9 @@ if what == "disk_full": raise OSError(28, "No space left on device")
 
 def schedule_process(spec):
     "The schedule that the simulation starts and kills."
+    from make_us_rich.core.settings import get_settings
     from make_us_rich.schedule.plan import PlanFile
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever
-    from make_us_rich.core.settings import get_settings
 
     sys.modules.setdefault("simulated_month", sys.modules[__name__])
     schedule = Schedule(get_settings(**spec["settings"]), PlanFile(Path(spec["plan"])), Options(**spec["options"]))
@@ -181,7 +199,11 @@ class Inbox:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                titles.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["title"].removeprefix("Make Us Rich: "))
+                titles.append(
+                    json.loads(self.rfile.read(int(self.headers["content-length"])))["title"].removeprefix(
+                        "Make Us Rich: "
+                    )
+                )
                 self.send_response(200)
                 self.end_headers()
 
@@ -197,13 +219,25 @@ class Simulation:
     "The month; `run()` plays it, `verdict()` compares."
 
     def __init__(self, folder, pairs, hours, seed=1, kernels=False, jobs=2, tick=0.3, say=print):
-        from make_us_rich.market.candles import fake_candles
         from make_us_rich.core.database import connect, migrate
-        from make_us_rich.market.replay import ReplayServer
         from make_us_rich.core.settings import get_settings
+        from make_us_rich.market.candles import fake_candles
+        from make_us_rich.market.replay import ReplayServer
 
         self.folder, self.hours, self.jobs, self.say = folder, hours, jobs, say
-        names = ["BTC", "ETH", "SOL", "XRP", "ADA", "DOT", "LTC", "LINK", "AVAX", "DOGE", *(f"C{i:02}" for i in range(40))][:pairs]
+        names = [
+            "BTC",
+            "ETH",
+            "SOL",
+            "XRP",
+            "ADA",
+            "DOT",
+            "LTC",
+            "LINK",
+            "AVAX",
+            "DOGE",
+            *(f"C{i:02}" for i in range(40)),
+        ][:pairs]
         self.pairs = [f"{name}_USDT" for name in names]
         frames = {pair: fake_candles(hours + 120, seed=i) for i, pair in enumerate(self.pairs)}
         self.begin = frames[self.pairs[0]]["timestamp"].iloc[96]
@@ -212,15 +246,32 @@ class Simulation:
         self.token = f"{os.getpid()}-{seed}"
         full = self.begin + pd.Timedelta(hours=hours // 2)
         os.environ |= {
-            "SIM_FOLDER": str(folder), "SIM_SEED": str(seed), "SIM_TOKEN": self.token, "SIM_KERNELS": "1" if kernels else "0",
-            "SIM_DISK_FULL": f"{full:%Y%m%dT%H%M%SZ}", "SIM_ACT": str(folder / "act.py"),
+            "SIM_FOLDER": str(folder),
+            "SIM_SEED": str(seed),
+            "SIM_TOKEN": self.token,
+            "SIM_KERNELS": "1" if kernels else "0",
+            "SIM_DISK_FULL": f"{full:%Y%m%dT%H%M%SZ}",
+            "SIM_ACT": str(folder / "act.py"),
         }
         (folder / "act.py").write_text(REAL_ACT % str(HERE.parent))
         (folder / "pairs.yaml").write_text("pairs: [" + ", ".join(self.pairs) + "]\npretrain: false\n")
-        shared = {"home": str(folder / "store"), "runs": str(folder / "runs"), "exchange_url": self.server.url, "history_days": 3}
+        shared = {
+            "home": str(folder / "store"),
+            "runs": str(folder / "runs"),
+            "exchange_url": self.server.url,
+            "history_days": 3,
+        }
         self.settings = get_settings(**shared, deadline=60)
-        options = {"jobs": jobs, "tick": tick, "pause": 0.2, "runner": "simulated_month:light_run", "alert_urls": self.inbox.url}
-        self.child = Child(folder, {"settings": shared | {"deadline": 60}, "plan": str(folder / "pairs.yaml"), "options": options})
+        options = {
+            "jobs": jobs,
+            "tick": tick,
+            "pause": 0.2,
+            "runner": "simulated_month:light_run",
+            "alert_urls": self.inbox.url,
+        }
+        self.child = Child(
+            folder, {"settings": shared | {"deadline": 60}, "plan": str(folder / "pairs.yaml"), "options": options}
+        )
         (folder / "store").mkdir()
         self.engine = connect(self.settings.db_url)
         migrate(self.engine)
@@ -232,8 +283,8 @@ class Simulation:
     def rows(self, cutoff=None):
         from sqlalchemy import select
 
-        from make_us_rich.core.tables import RunRow
         from make_us_rich.core.database import session
+        from make_us_rich.core.tables import RunRow
 
         with session(self.engine) as s:
             return list(s.scalars(select(RunRow).where(*([RunRow.cutoff == cutoff] if cutoff is not None else []))))
@@ -282,7 +333,9 @@ class Simulation:
             before = time.monotonic()
             self.wait(cutoff)
             if os.environ.get("SIM_TIMES"):
-                self.say(f"hour {hour}: {time.monotonic() - before:.2f} s {dict(Counter(r.exit_class for r in self.rows(cutoff)))}")
+                self.say(
+                    f"hour {hour}: {time.monotonic() - before:.2f} s {dict(Counter(r.exit_class for r in self.rows(cutoff)))}"
+                )
             self.events["outage hours"] += hour in outages
             if hour % 24 == 23:
                 self.look_at_store()
@@ -318,18 +371,24 @@ class Simulation:
             infos = models.versions(pair, "1h")
             unfinished = {i.version for i in infos if i.problem.startswith("not finished")}
             self.leftovers |= unfinished
-            self.problems += [f"{pair} {i.version}: {i.problem}" for i in infos if i.problem and i.version not in unfinished]
+            self.problems += [
+                f"{pair} {i.version}: {i.problem}" for i in infos if i.problem and i.version not in unfinished
+            ]
             infos = [i for i in infos if i.version not in unfinished]
             runs = Counter(i.manifest.run_id for i in infos if i.manifest)
             self.problems += [f"{pair}: {n} versions of {run_id}" for run_id, n in runs.items() if n > 1]
             published = {r.version: r for r in rows if r.pair == pair and r.state == "published"}
-            named = {r.version for r in rows if r.pair == pair}  # also by a failure: "version ... was published, then: kernel died"
+            named = {
+                r.version for r in rows if r.pair == pair
+            }  # also by a failure: "version ... was published, then: kernel died"
             unknown = [i.version for i in infos if i.version not in named]
             self.problems += [f"{pair} {version} is in the store, the ledger does not know it" for version in unknown]
             newest = max(published.values(), key=lambda r: r.cutoff, default=None)
             champion = models.champion(pair, "1h")
             if newest is not None and (champion is None or champion.version != newest.version):
-                self.problems.append(f"{pair}: the champion is {champion and champion.version}, the newest published is {newest.version}")
+                self.problems.append(
+                    f"{pair}: the champion is {champion and champion.version}, the newest published is {newest.version}"
+                )
 
     def verdict(self):
         "Problems (none is the goal) and figures."
@@ -339,7 +398,11 @@ class Simulation:
         problems = list(self.problems)
         problems += [f"{key}: {found[key]} rows" for key in wanted if found[key] != 1]
         extra = [r for r in rows if (r.pair, r.cutoff) not in wanted]
-        problems += [f"{r.pair} {r.cutoff} ran though it need not: {r.state}" for r in extra if r.cutoff != getattr(self, "lost_at", None)]
+        problems += [
+            f"{r.pair} {r.cutoff} ran though it need not: {r.state}"
+            for r in extra
+            if r.cutoff != getattr(self, "lost_at", None)
+        ]
         problems += [f"{r.pair} {r.cutoff} still says running" for r in rows if r.state == "running"]
         problems += [f"{r.pair} {r.cutoff} has no reason" for r in rows if r.state != "published" and not r.reason]
         commands = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
@@ -347,7 +410,11 @@ class Simulation:
         commands.pop(os.getpid(), None)
         problems += [f"orphan {pid}" for pid, words in commands.items() if any(mark in words for mark in marks)]
         killed = self.events["worker killed"] + self.events["schedule killed"] * self.jobs
-        problems += [f"{len(self.leftovers)} unfinished uploads after {killed} killed workers"] if len(self.leftovers) > killed else []
+        problems += (
+            [f"{len(self.leftovers)} unfinished uploads after {killed} killed workers"]
+            if len(self.leftovers) > killed
+            else []
+        )
         problems += self.check_alerts(rows)
         states = Counter(r.state if r.state != "failed" else f"failed: {r.exit_class}" for r in rows)
         retried = sum(r.attempts > 1 for r in rows)
@@ -368,9 +435,13 @@ class Simulation:
             last[what] = title
         if len(repeated) > self.events["schedule killed"] * 2 * (len(self.pairs) + 1):
             problems.append(f"{len(repeated)} messages were told twice: {repeated}")
-        if self.events["outage hours"] and not any(t.startswith("the exchange has not answered") for t in self.inbox.titles):
+        if self.events["outage hours"] and not any(
+            t.startswith("the exchange has not answered") for t in self.inbox.titles
+        ):
             problems.append("the outage was not told")
-        if any(r.exit_class == "disk_full" for r in rows) and not any("the run with recipe" in t for t in self.inbox.titles):
+        if any(r.exit_class == "disk_full" for r in rows) and not any(
+            "the run with recipe" in t for t in self.inbox.titles
+        ):
             problems.append("the full disk was not told")
         return problems
 

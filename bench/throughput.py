@@ -9,7 +9,6 @@ recipe `finetune`. The bare call is the same work in one warm process: open the 
 publish, forecast. What a notebook adds to that is measured with one run at a time, as the bare call is, and taken apart.
 """
 
-# ruff: noqa: E501
 import argparse
 import json
 import os
@@ -80,8 +79,15 @@ def play(settings, names, jobs):
     rows = sorted(RunLedger(schedule.watch.engine).rows(limit=len(names)), key=lambda row: row.started_at)
     schedule.watch.engine.dispose()
     warm = rows[jobs:] or rows  # a worker's first run waits for its fork server
-    return {"pairs": len(names), "jobs": jobs, "wall": wall, "inside": mean(r.seconds for r in warm), **parts(warm),
-            "states": dict(Counter(r.state for r in rows)), "reasons": [r.reason[:90] for r in rows if r.state == "failed"]}
+    return {
+        "pairs": len(names),
+        "jobs": jobs,
+        "wall": wall,
+        "inside": mean(r.seconds for r in warm),
+        **parts(warm),
+        "states": dict(Counter(r.state for r in rows)),
+        "reasons": [r.reason[:90] for r in rows if r.state == "failed"],
+    }
 
 
 def parts(rows):
@@ -89,7 +95,11 @@ def parts(rows):
     pictures, cells, papermill = [], [], []
     for row in rows:
         notebook = json.loads(Path(row.notebook).read_text())
-        took = [(c["metadata"]["papermill"]["duration"] or 0, "".join(c["source"])) for c in notebook["cells"] if c["cell_type"] == "code"]
+        took = [
+            (c["metadata"]["papermill"]["duration"] or 0, "".join(c["source"]))
+            for c in notebook["cells"]
+            if c["cell_type"] == "code"
+        ]
         cells.append(sum(seconds for seconds, _ in took))
         pictures.append(sum(seconds for seconds, source in took if source.startswith("plot_")))
         papermill.append(notebook["metadata"]["papermill"]["duration"] - cells[-1])
@@ -100,20 +110,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", default="1,10")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--store", type=Path, help="a folder that keeps the pooled network for the next call; all else in it is removed")
+    parser.add_argument(
+        "--store", type=Path, help="a folder that keeps the pooled network for the next call; all else in it is removed"
+    )
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    from make_us_rich.registry.store import ModelStore
-    from make_us_rich.market.replay import ReplayServer
-    from make_us_rich.runs.train import run_pretraining
     from make_us_rich.core.settings import get_settings
+    from make_us_rich.market.replay import ReplayServer
+    from make_us_rich.registry.store import ModelStore
+    from make_us_rich.runs.train import run_pretraining
 
     counts = [int(n) for n in args.pairs.split(",")]
     names = [f"P{i:02}_USDT" for i in range(max(counts))]
     frames = make_frames(names)
     end = frames[names[0]]["timestamp"].iloc[-1]
-    with tempfile.TemporaryDirectory() as scratch, ReplayServer(frames, now=end - pd.Timedelta("19h30min"), label="historical sample") as server:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ReplayServer(frames, now=end - pd.Timedelta("19h30min"), label="historical sample") as server,
+    ):
         home = args.store or Path(scratch)
         settings = get_settings(home=home / "store", runs=home / "runs", exchange_url=server.url)
         for old in (*(home / "store" / "models").glob("P[0-9]*"), *(home / "store").glob("mkrich.db*"), home / "runs"):
@@ -122,8 +137,14 @@ def main():
             done = run_pretraining(settings=settings, pairs=names[:2])
             print(f"pooled network: {done.state} {done.reason} {done.seconds:.0f} s", flush=True)
         server.clock.advance("1h")
-        bare = json.loads(subprocess.run([sys.executable, "-c", BARE, str(settings.home), json.dumps(names[:3]), server.url],
-                                         capture_output=True, text=True, check=True).stdout)
+        bare = json.loads(
+            subprocess.run(
+                [sys.executable, "-c", BARE, str(settings.home), json.dumps(names[:3]), server.url],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
         print(json.dumps(bare), flush=True)
         found = []
         for jobs, count in [(1, min(5, max(counts))), *((args.jobs, n) for n in counts)]:
@@ -141,22 +162,32 @@ def report(bare, found, load):
     step = {name: [mean(s[name][i] for s in steps) for i in (0, 1)] for name in steps[0]}
     wall, cpu = (sum(v[i] for v in step.values()) for i in (0, 1))
     lines = [
-        "# Throughput of retraining", "",
+        "# Throughput of retraining",
+        "",
         f"`python bench/throughput.py --save`, {os.cpu_count()} cores, load of the last five minutes {load:.1f} (other programs were at work if that is above 2.5).",
         "Recipe `finetune` from a pooled network, a year of hourly candles, whole runs: process tree, executed notebook with its pictures, gate, store, ledger, HTML page.",
-        "W&B is off. The start of the workers and of their nurseries (imports, once per worker) is part of each wall time.", "",
-        "| pairs | at once | wall s | s inside a run | runs per hour | outcomes |", "|--:|--:|--:|--:|--:|---|",
+        "W&B is off. The start of the workers and of their nurseries (imports, once per worker) is part of each wall time.",
+        "",
+        "| pairs | at once | wall s | s inside a run | runs per hour | outcomes |",
+        "|--:|--:|--:|--:|--:|---|",
     ]
     for f in found:
         outcomes = ", ".join(f"{n} {state}" for state, n in f["states"].items())
         rate = f["pairs"] / f["wall"] * 3600
         lines.append(f"| {f['pairs']} | {f['jobs']} | {f['wall']:.1f} | {f['inside']:.1f} | {rate:.0f} | {outcomes} |")
     alone, few, many = found[0], found[1], found[-1]
-    lines += ["", f"Bare library call in one warm process: **{wall:.1f} s** wall, {cpu:.1f} s CPU (" + ", ".join(f"{k} {v[1]:.2f}" for k, v in step.items()) + ")."]
+    lines += [
+        "",
+        f"Bare library call in one warm process: **{wall:.1f} s** wall, {cpu:.1f} s CPU ("
+        + ", ".join(f"{k} {v[1]:.2f}" for k, v in step.items())
+        + ").",
+    ]
     lines.append(f"A process that starts from nothing imports for another {bare['imports']:.1f} s.")
     if many["pairs"] > few["pairs"]:
         more = (many["wall"] - few["wall"]) / (many["pairs"] - few["pairs"])
-        lines.append(f"One more pair costs {more:.1f} s wall with {many['jobs']} at once, that is {3600 / more:.0f} runs per hour once the workers are warm.")
+        lines.append(
+            f"One more pair costs {more:.1f} s wall with {many['jobs']} at once, that is {3600 / more:.0f} runs per hour once the workers are warm."
+        )
     work = alone["cells"] - alone["pictures"] - wall
     rest = alone["inside"] - alone["cells"] - alone["papermill"]
     lines += [

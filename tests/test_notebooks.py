@@ -70,8 +70,13 @@ def test_an_edited_library_and_an_orphan_are_found(planted):
 
 
 def test_an_upward_import_is_found(planted):
-    edit(planted / "nbs" / "02_market/01_series.ipynb", lambda nb: nb["cells"][-1].update(source=["from make_us_rich.market.replay import ReplayServer"]))
-    assert any("02_market/01_series.ipynb: imports replay from 02_market/07_replay.ipynb" in p for p in check.upward_imports())
+    edit(
+        planted / "nbs" / "02_market/01_series.ipynb",
+        lambda nb: nb["cells"][-1].update(source=["from make_us_rich.market.replay import ReplayServer"]),
+    )
+    assert any(
+        "02_market/01_series.ipynb: imports replay from 02_market/07_replay.ipynb" in p for p in check.upward_imports()
+    )
 
 
 def test_a_lost_parameters_tag_is_found(planted):

@@ -15,12 +15,25 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     "A wheel built from a copy of the tracked files, unpacked as pip would."
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in filter(None, tracked.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(source),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     site = out / "site"
     zipfile.ZipFile(next(out.glob("*.whl"))).extractall(site)
@@ -30,14 +43,25 @@ def wheel(tmp_path_factory):
 def run(code, site=ROOT, **env):
     "Run a snippet against the package in `site`, away from the clone."
     environment = {**os.environ, "PYTHONPATH": str(site), **env}
-    return subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_a_wheel_carries_notebooks_sample_recipes_and_types(wheel):
     names = {str(p.relative_to(wheel / "make_us_rich")) for p in (wheel / "make_us_rich").rglob("*") if p.is_file()}
-    wanted = {"notebooks/run_train.ipynb", "sample/NOTICE", "sample/BTC_USDT-1h.parquet", "sample/SOL_USDT-1h.parquet",
-              "recipes/default.yaml", "recipes/original.yaml", "py.typed",
-              "templates/api/page.html", "templates/api/login.html", "templates/api/docs.html"}
+    wanted = {
+        "notebooks/run_train.ipynb",
+        "sample/NOTICE",
+        "sample/BTC_USDT-1h.parquet",
+        "sample/SOL_USDT-1h.parquet",
+        "recipes/default.yaml",
+        "recipes/original.yaml",
+        "py.typed",
+        "templates/api/page.html",
+        "templates/api/login.html",
+        "templates/api/docs.html",
+    }
     assert wanted <= names, wanted - names
     assert not any(n.endswith((".onnx", ".ckpt", ".pkl")) for n in names)
 
@@ -62,7 +86,17 @@ def test_import_is_light():
 
 
 def test_the_serving_side_needs_no_torch():
-    modules = ["settings", "candles", "exchange", "candle_store", "replay", "evaluation", "model_store", "forecasting", "cli"]
+    modules = [
+        "settings",
+        "candles",
+        "exchange",
+        "candle_store",
+        "replay",
+        "evaluation",
+        "model_store",
+        "forecasting",
+        "cli",
+    ]
     code = (
         f"import sys, importlib; [importlib.import_module('make_us_rich.' + m) for m in {modules}]; "
         "print([m for m in ('torch', 'pytorch_lightning', 'sklearn', 'wandb', 'matplotlib', 'scipy') if m in sys.modules])"

@@ -52,11 +52,12 @@ def findings(path: Path) -> list[tuple[str, int]]:
             parts = [x for side in (node.test, node.body, node.orelse) for x in ast.walk(side)]
             if any(isinstance(x, ast.IfExp) for x in parts):
                 found.append(("conditional in a conditional", node.lineno))
-        if isinstance(node, ast.comprehension) and any(isinstance(x, ast.NamedExpr) for c in node.ifs for x in ast.walk(c)):
+        if isinstance(node, ast.comprehension) and any(
+            isinstance(x, ast.NamedExpr) for c in node.ifs for x in ast.walk(c)
+        ):
             found.append(("walrus in a filter", node.target.lineno))
-        if isinstance(node, Function):
-            if parameters(node) > MOST_PARAMETERS:
-                found.append(("more than 8 parameters", node.lineno))
+        if isinstance(node, Function) and parameters(node) > MOST_PARAMETERS:
+            found.append(("more than 8 parameters", node.lineno))
     for owner in [tree, *[n for n in tree.body if isinstance(n, ast.ClassDef)]]:
         for node in owner.body:
             is_special = isinstance(node, Function) and node.name.startswith("__") and node.name.endswith("__")
@@ -84,8 +85,14 @@ def figures(root: Path = ROOT) -> dict[str, float]:
                 private += 1
                 told += bool(ast.get_docstring(node))
         counts.update(rule for rule, _ in findings(path))
-    return {"modules": len(modules(root)), "lines": total, "AST nodes a line": round(nodes / lines, 2),
-            "private functions": private, "of them with a docstring": told, **dict(sorted(counts.items()))}
+    return {
+        "modules": len(modules(root)),
+        "lines": total,
+        "AST nodes a line": round(nodes / lines, 2),
+        "private functions": private,
+        "of them with a docstring": told,
+        **dict(sorted(counts.items())),
+    }
 
 
 if __name__ == "__main__":

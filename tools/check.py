@@ -20,7 +20,9 @@ CANARIES = re.compile(r"injected-parameters|papermill|(?:/home|/root|/Users)/\w+
 
 
 def notebooks() -> list[Path]:
-    return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts))
+    return sorted(
+        p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts)
+    )
 
 
 def cells(path: Path, kind: str = "code") -> list[str]:
@@ -111,7 +113,9 @@ def unsound_runs() -> list[str]:
         if p.name.startswith("run_"):
             nb = json.loads(p.read_text())
             if sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) != 1:
-                found.append(f"{p.name}: one cell has the tag `parameters`, or papermill trains the default pair for every pair")
+                found.append(
+                    f"{p.name}: one cell has the tag `parameters`, or papermill trains the default pair for every pair"
+                )
             if nb["metadata"].get("kernelspec", {}).get("name") != "python3":
                 found.append(f"{p.name}: its kernel is python3")
             if re.search(r"^#\||nbdev_export", "\n".join(cells(p)), re.M):
@@ -130,7 +134,11 @@ def uneven_pins() -> list[str]:
         set(re.findall(r"(?:nbdev|execnb|fastcore|ghapi)[=<>][^\s]+", (ROOT / name).read_text()))
         for name in ("settings.ini", "environment.yml")
     ]
-    return [] if pins[0] == pins[1] else [f"settings.ini and environment.yml pin nbdev's helpers differently: {sorted(pins[0] ^ pins[1])}"]
+    return (
+        []
+        if pins[0] == pins[1]
+        else [f"settings.ini and environment.yml pin nbdev's helpers differently: {sorted(pins[0] ^ pins[1])}"]
+    )
 
 
 GATES = {

@@ -26,7 +26,11 @@ def render() -> dict[Path, bytes]:
     for number, (name, picture) in enumerate(sorted(resources["outputs"].items()), 1):
         made[IMAGES / f"readme-{number}.png"] = picture
         body = body.replace(name, str(IMAGES / f"readme-{number}.png"))
-    text = "<!-- Made from nbs/index.ipynb by tools/readme.py; edit that. -->\n\n" + re.sub(r"\n{3,}", "\n\n", body.strip()) + "\n"
+    text = (
+        "<!-- Made from nbs/index.ipynb by tools/readme.py; edit that. -->\n\n"
+        + re.sub(r"\n{3,}", "\n\n", body.strip())
+        + "\n"
+    )
     return {Path("README.md"): text.encode(), **made}
 
 

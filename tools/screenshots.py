@@ -45,7 +45,9 @@ def main() -> None:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         with page_server(stage, local=True) as running:
             for size, (width, height, scheme) in SIZES.items():
-                page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme, timezone_id="Europe/Berlin")
+                page = browser.new_page(
+                    viewport={"width": width, "height": height}, color_scheme=scheme, timezone_id="Europe/Berlin"
+                )
                 page.goto(running.address)
                 page.wait_for_selector(DRAWN, state="attached", timeout=60_000)
                 for name, tab in VIEWS.items():
@@ -55,7 +57,14 @@ def main() -> None:
                 if size == "wide":
                     before = stage.forecast()
                     why = "BTC_USDT: the newest closed candle is 3 h 17 min old, so there is no forecast; the exchange does not answer"
-                    gone = {"status": "abstain", "reason": "stale_data", "quantiles": None, "median": None, "p_up": None, "sentence": why}
+                    gone = {
+                        "status": "abstain",
+                        "reason": "stale_data",
+                        "quantiles": None,
+                        "median": None,
+                        "p_up": None,
+                        "sentence": why,
+                    }
                     stage.change(**gone, as_of="2023-12-31T20:00:00Z")
                     page.wait_for_selector(".mur-abstain", timeout=30_000)
                     shoot(page, folder / "dashboard-abstain-wide.png")

@@ -64,7 +64,9 @@ def _not_an_admin(engine: Engine, scoldings: Limiter, user: User, target: str, n
     if not scoldings.take(user.name):
         with session(engine) as s:
             audit(s, now, user.name, "refused", target, "needs the role admin")
-    return Refusal(403, "not_allowed", f"{user.name} is a {user.role} and this needs an admin; ask whoever runs this service")
+    return Refusal(
+        403, "not_allowed", f"{user.name} is a {user.role} and this needs an admin; ask whoever runs this service"
+    )
 
 # %% ../../nbs/07_api/04_access.ipynb #d80c363e
 class Gate:
@@ -86,7 +88,9 @@ class Gate:
         if user is None or access == "counted":
             with session(self.engine) as s:
                 user = user or self._look_up(s, raw, address, now)
-                used = count_call(s, user.id, call_limit(user, self.monthly_calls), now) if access == "counted" else None
+                used = (
+                    count_call(s, user.id, call_limit(user, self.monthly_calls), now) if access == "counted" else None
+                )
         if access in ("admin", "local") and user.role != "admin":
             raise _not_an_admin(self.engine, self.scoldings, user, target, now)
         if access != "counted":

@@ -71,16 +71,31 @@ def _sendable(text: str) -> str:
 MOST_CALLS = 1_000_000_000
 
 
-def add_user(session: Session, name: str, now: pd.Timestamp, *, password: str | None = None, role: str = "member",
-             monthly_calls: int | None = None, actor: str = "local") -> User:
+def add_user(
+    session: Session,
+    name: str,
+    now: pd.Timestamp,
+    *,
+    password: str | None = None,
+    role: str = "member",
+    monthly_calls: int | None = None,
+    actor: str = "local",
+) -> User:
     "A new user; without `password` only tokens let them in, without `monthly_calls` the usual number holds. `SettingsError` if a rule is broken."
     if role not in ROLES:
         raise SettingsError(f"a role is one of {', '.join(ROLES)}, not {role[:70]!a}; choose one of them", "bad_role")
     if monthly_calls is not None and not 0 <= monthly_calls <= MOST_CALLS:
-        raise SettingsError(f"monthly calls are 0 to {MOST_CALLS:,}, not {monthly_calls:,}; choose another number", "bad_monthly_calls")
+        raise SettingsError(
+            f"monthly calls are 0 to {MOST_CALLS:,}, not {monthly_calls:,}; choose another number", "bad_monthly_calls"
+        )
     hashed = None if password is None else HASHER.hash(_check_password(password))
     added = insert_into(session, User).values(
-        name=_check_name(name, "user"), role=role, password_hash=hashed, disabled=False, monthly_calls=monthly_calls, created_at=now
+        name=_check_name(name, "user"),
+        role=role,
+        password_hash=hashed,
+        disabled=False,
+        monthly_calls=monthly_calls,
+        created_at=now,
     )
     user = session.scalars(added.on_conflict_do_nothing().returning(User)).one_or_none()
     if user is None:
@@ -93,7 +108,9 @@ def get_user(session: Session, name: str) -> User:
     "The user of this name; `SettingsError` if there is none."
     user = session.scalars(select(User).where(User.name == name)).one_or_none() if NAME.fullmatch(name) else None
     if user is None:
-        raise SettingsError(f"no user is called {name[:70]!a}; see who there is with: mkrich users list", "unknown_user")
+        raise SettingsError(
+            f"no user is called {name[:70]!a}; see who there is with: mkrich users list", "unknown_user"
+        )
     return user
 
 
@@ -119,7 +136,9 @@ def set_password(session: Session, name: str, password: str, now: pd.Timestamp, 
     return user
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a444b13b
-NOT_KNOWN = "this name and password do not belong together; try again, or ask whoever runs this service for a new password"
+NOT_KNOWN = (
+    "this name and password do not belong together; try again, or ask whoever runs this service for a new password"
+)
 
 
 @cache
@@ -143,13 +162,29 @@ def _hash(raw: str) -> str:
     return hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()
 
 
-def create_token(session: Session, user: User, name: str, now: pd.Timestamp, *, expires: pd.Timestamp | None = None,
-                 actor: str = "local") -> tuple[str, Token]:
+def create_token(
+    session: Session,
+    user: User,
+    name: str,
+    now: pd.Timestamp,
+    *,
+    expires: pd.Timestamp | None = None,
+    actor: str = "local",
+) -> tuple[str, Token]:
     "A new token of a user: (the token itself, to be shown once and kept nowhere; its row)."
     if expires is not None and expires <= now:
-        raise SettingsError(f"a token expires in the future, not at {expires}; choose a later time or none", "bad_expiry")
+        raise SettingsError(
+            f"a token expires in the future, not at {expires}; choose a later time or none", "bad_expiry"
+        )
     raw = "mur_" + secrets.token_urlsafe(32)
-    token = Token(user_id=user.id, name=_check_name(name, "token"), prefix=raw[:12], sha256=_hash(raw), created_at=now, expires_at=expires)
+    token = Token(
+        user_id=user.id,
+        name=_check_name(name, "token"),
+        prefix=raw[:12],
+        sha256=_hash(raw),
+        created_at=now,
+        expires_at=expires,
+    )
     session.add(token)
     session.flush()
     audit(session, now, actor, "token.created", user.name, f"{token.id} {name}")
@@ -184,14 +219,21 @@ def list_tokens(session: Session, owner: User | None = None) -> list[Token]:
     return list(session.scalars(mine if owner is None else mine.where(Token.user_id == owner.id)))
 
 
-def revoke_token(session: Session, token_id: int, now: pd.Timestamp, *, owner: User | None = None, actor: str = "local") -> Token:
+def revoke_token(
+    session: Session, token_id: int, now: pd.Timestamp, *, owner: User | None = None, actor: str = "local"
+) -> Token:
     "Make a token useless from the next call on; with `owner` only one of theirs. Again is fine and changes nothing."
     token = session.get(Token, token_id) if 0 < token_id < 2**31 else None
     if token is None or (owner is not None and token.user_id != owner.id):
-        raise SettingsError(f"there is no token with the number {token_id}; see which there are with: mkrich tokens list", "unknown_token")
+        raise SettingsError(
+            f"there is no token with the number {token_id}; see which there are with: mkrich tokens list",
+            "unknown_token",
+        )
     if token.revoked_at is None:
         token.revoked_at = now
-        audit(session, now, actor, "token.revoked", session.get_one(User, token.user_id).name, f"{token.id} {token.name}")
+        audit(
+            session, now, actor, "token.revoked", session.get_one(User, token.user_id).name, f"{token.id} {token.name}"
+        )
     return token
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a18e3e83
@@ -215,7 +257,9 @@ def count_call(session: Session, user_id: int, limit: int, now: pd.Timestamp) ->
 def uncount_call(session: Session, user_id: int, now: pd.Timestamp) -> None:
     "Give back a call that `count_call` counted at the same `now`; never below 0, never in another month."
     one = (Usage.user_id == user_id, Usage.month == _month(now), Usage.used > 0)
-    session.execute(update(Usage).where(*one).values(used=Usage.used - 1), execution_options={"synchronize_session": False})
+    session.execute(
+        update(Usage).where(*one).values(used=Usage.used - 1), execution_options={"synchronize_session": False}
+    )
 
 # %% ../../nbs/07_api/03_accounts.ipynb #74dbc2a4
 @dataclass(frozen=True)
@@ -248,7 +292,9 @@ def usage(session: Session, user: User, default: int, now: pd.Timestamp) -> Allo
 class Limiter:
     "At most `times` tries in `seconds` for each address, in this process; `clock` gives seconds that never run backwards."
 
-    def __init__(self, times: int = 10, seconds: float = 60, clock: Callable[[], float] = time.monotonic, keep: int = 10_000) -> None:
+    def __init__(
+        self, times: int = 10, seconds: float = 60, clock: Callable[[], float] = time.monotonic, keep: int = 10_000
+    ) -> None:
         self.times, self.seconds, self.clock, self.keep = times, seconds, clock, keep
         self._tries: OrderedDict[str, deque[float]] = OrderedDict()
         self._lock = threading.Lock()

@@ -87,17 +87,28 @@ def _first_at_signals(deed: Callable[[], None]) -> None:
 
 # %% ../../nbs/07_api/15_app.ipynb #e63358f6
 def create_app(
-    service: Service, engine: Engine, settings: Settings, clock: Clock = system_clock, *,
-    most: int = 64, heartbeat: float = 10.0, ticks: Ticks = time.monotonic,
+    service: Service,
+    engine: Engine,
+    settings: Settings,
+    clock: Clock = system_clock,
+    *,
+    most: int = 64,
+    heartbeat: float = 10.0,
+    ticks: Ticks = time.monotonic,
 ) -> FastAPI:
     "The application; `most` requests are answered at once, `clock` tells the month of a call, `ticks` steps the limits."
     gate = Gate(engine, clock, settings.monthly_calls, ticks)
     streams = Streams(heartbeat=heartbeat, ticks=ticks)
     api = Api(service, engine, settings, clock, gate, streams, Metrics(), Limiter(clock=ticks), ticks)
     app = FastAPI(
-        title="Make Us Rich", version=make_us_rich.__version__,
+        title="Make Us Rich",
+        version=make_us_rich.__version__,
         summary="Honest next-hour price ranges, with the record of how every forecast turned out.",
-        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_life,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=_life,
         generate_unique_id_function=lambda route: route.name.strip("_"),
     )
     app.state.api = api
@@ -120,8 +131,12 @@ def local_token_file(settings: Settings) -> FilePath:
 
 
 def _real_users(s: Session, now: pd.Timestamp) -> list[str]:
-    living = {t.user_id for t in list_tokens(s) if t.revoked_at is None and (t.expires_at is None or t.expires_at > now)}
-    return [u.name for u in list_users(s) if u.name != LOCAL_USER and not u.disabled and (u.password_hash or u.id in living)]
+    living = {
+        t.user_id for t in list_tokens(s) if t.revoked_at is None and (t.expires_at is None or t.expires_at > now)
+    }
+    return [
+        u.name for u in list_users(s) if u.name != LOCAL_USER and not u.disabled and (u.password_hash or u.id in living)
+    ]
 
 
 def prepare_users(engine: Engine, settings: Settings, now: pd.Timestamp) -> str:
@@ -142,7 +157,9 @@ def prepare_users(engine: Engine, settings: Settings, now: pd.Timestamp) -> str:
 def _worker() -> FastAPI:
     "The application of one worker process, from the environment."
     configure_logging()
-    sys.setswitchinterval(0.0002)  # the service's thread computes now and then; a call should not wait 5 ms each time for the interpreter
+    sys.setswitchinterval(
+        0.0002
+    )  # the service's thread computes now and then; a call should not wait 5 ms each time for the interpreter
     settings = get_settings()
     engine = connect(settings.db_url)
     return create_app(Service(settings, engine=engine), engine, settings)
@@ -156,10 +173,16 @@ def _to_environment(settings: Settings) -> None:
 
 def listening_socket(settings: Settings) -> socket.socket:
     try:
-        return socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET, backlog=2048)
+        return socket.create_server(
+            (settings.host, settings.port),
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            backlog=2048,
+        )
     except OSError as e:
         where = f"{settings.host}:{settings.port}"
-        raise SettingsError(f"the API cannot listen on {where} ({e.strerror}); choose another address or port", "no_port") from None
+        raise SettingsError(
+            f"the API cannot listen on {where} ({e.strerror}); choose another address or port", "no_port"
+        ) from None
 
 
 def _or_auto(name: str) -> str:
@@ -178,11 +201,23 @@ def serve(settings: Settings, say: Callable[[str], Any] = print) -> None:
         if settings.workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         config = uvicorn.Config(
-            "make_us_rich.api.app:_worker", factory=True, workers=settings.workers, log_config=None, access_log=False, server_header=False,
-            ws="none", timeout_graceful_shutdown=8, timeout_worker_healthcheck=60,
-            loop=_or_auto("uvloop"), http=_or_auto("httptools"),
+            "make_us_rich.api.app:_worker",
+            factory=True,
+            workers=settings.workers,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=8,
+            timeout_worker_healthcheck=60,
+            loop=_or_auto("uvloop"),
+            http=_or_auto("httptools"),
         )
         host, port = door.getsockname()[:2]
-        say(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}, documentation at /docs; stop with Ctrl-C")
+        say(
+            f"serving on http://{f'[{host}]' if ':' in host else host}:{port}, documentation at /docs; stop with Ctrl-C"
+        )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        uvicorn.Server(config).run(sockets=[door]) if settings.workers == 1 else Multiprocess(config, sockets=[door]).run()
+        uvicorn.Server(config).run(sockets=[door]) if settings.workers == 1 else Multiprocess(
+            config, sockets=[door]
+        ).run()

@@ -32,7 +32,10 @@ def read_refusal(response: httpx.Response) -> tuple[str, str]:
         told = response.json()
         return str(told["error"]), str(told["message"])
     except (ValueError, KeyError, TypeError):
-        return "not_the_api", f"{response.url.host} answered {response.status_code}, but not as the API does; check the address"
+        return (
+            "not_the_api",
+            f"{response.url.host} answered {response.status_code}, but not as the API does; check the address",
+        )
 
 
 def error_of(response: httpx.Response) -> "MakeUsRichError":
@@ -43,7 +46,13 @@ def error_of(response: httpx.Response) -> "MakeUsRichError":
     wait = response.headers.get("retry-after", "")
     if wait.isdigit() and wait not in sentence and response.status_code == 503:
         sentence += f" (it asks for {wait} seconds)"
-    kind = AuthError if response.status_code in (401, 403, 429) else ForecastUnavailable if response.status_code >= 500 else SettingsError
+    kind = (
+        AuthError
+        if response.status_code in (401, 403, 429)
+        else ForecastUnavailable
+        if response.status_code >= 500
+        else SettingsError
+    )
     return (ForecastUnavailable if response.status_code == 404 else kind)(sentence, word)
 
 # %% ../../nbs/07_api/16_client.ipynb #dcfe8547
@@ -57,9 +66,14 @@ def local_token(url: str, settings: "Settings") -> str:
     except ValueError:
         here = False
     if not here:
-        raise AuthError(f"{host or url} is not this machine, so a token is needed; give one as Client(url, token)", "no_token")
+        raise AuthError(
+            f"{host or url} is not this machine, so a token is needed; give one as Client(url, token)", "no_token"
+        )
     if not file.exists():
-        raise AuthError(f"there is no token in {file}; give one as Client(url, token), or run mkrich serve with the same MUR_HOME", "no_token")
+        raise AuthError(
+            f"there is no token in {file}; give one as Client(url, token), or run mkrich serve with the same MUR_HOME",
+            "no_token",
+        )
     if file.stat().st_mode & 0o077:
         raise AuthError(f"others can read the token in {file}; run: chmod 600 {file}", "open_token")
     return file.read_text().strip()
@@ -94,7 +108,12 @@ def read_frame(told: Plain) -> "pd.DataFrame":
     from make_us_rich.market.candles import TIME, check_candles
 
     frame = pd.DataFrame(told["rows"], columns=told["columns"])
-    frame = frame.assign(**{name: pd.to_datetime(frame[name], utc=True, format="ISO8601").astype(TIME) for name in ("timestamp", "close_time")})
+    frame = frame.assign(
+        **{
+            name: pd.to_datetime(frame[name], utc=True, format="ISO8601").astype(TIME)
+            for name in ("timestamp", "close_time")
+        }
+    )
     frame = check_candles(frame.astype({"trades": "int64"}), told["interval"])
     frame.attrs["source"] = told["source"]
     return frame
@@ -129,14 +148,29 @@ class Record(dict[str, Any]):
 
     def _repr_markdown_(self) -> str:
         def share(told: Plain) -> str:
-            return f"{told['share']:.1%} of {told['n']} [{told['low']:.1%}, {told['high']:.1%}]" if told["n"] else "nothing yet"
+            return (
+                f"{told['share']:.1%} of {told['n']} [{told['low']:.1%}, {told['high']:.1%}]"
+                if told["n"]
+                else "nothing yet"
+            )
 
-        rows = {"badge": self["badge"]["colour"], "hours": f"{self['n']} scored, {self['open']} open, {self['void']} void, {self['abstained']} times abstained"}
+        rows = {
+            "badge": self["badge"]["colour"],
+            "hours": f"{self['n']} scored, {self['open']} open, {self['void']} void, {self['abstained']} times abstained",
+        }
         if self["crps_base"] is not None:
             rows["loss / no change"] = f"{self['crps_base']:.4f}, t = {self['crps_t']:+.1f}"
-        rows |= {f"inside {name[3:]} %": share(told) for name, told in self["coverage"].items()} | {"direction right": share(self["hit"])}
+        rows |= {f"inside {name[3:]} %": share(told) for name, told in self["coverage"].items()} | {
+            "direction right": share(self["hit"])
+        }
         rows |= {f"rule: {check['name']}": check["sentence"] for check in self["badge"]["checks"]}
-        return "\n".join(["| track record | |", "|---|---|", *(f"| {name} | {value} |" for name, value in {"pair": self["pair"], **rows}.items())])
+        return "\n".join(
+            [
+                "| track record | |",
+                "|---|---|",
+                *(f"| {name} | {value} |" for name, value in {"pair": self["pair"], **rows}.items()),
+            ]
+        )
 
 # %% ../../nbs/07_api/16_client.ipynb #107855ae
 def _track_record(pair: "str | Pair | None") -> Call[Plain]:
@@ -154,7 +188,12 @@ def _login(name: str, password: str) -> Call[str]:
 
 
 def _rollback(pair: "str | Pair", version: str | None, reason: str) -> Call[str]:
-    return Call("POST", _under("/v1/models", pair) + "/rollback", lambda told: str(told["version"]), body={"version": version, "reason": reason})
+    return Call(
+        "POST",
+        _under("/v1/models", pair) + "/rollback",
+        lambda told: str(told["version"]),
+        body={"version": version, "reason": reason},
+    )
 
 
 ME: Call[Plain] = Call("GET", "/v1/me", dict)
@@ -181,7 +220,10 @@ class Memory:
     def keep(self, call: Call[T], response: httpx.Response) -> bytes:
         "The answer's body: the new one, or the one that is still right."
         body = self.held[call.key][0] if response.status_code == 304 else response.content
-        tag, seconds = response.headers.get("etag", ""), response.headers.get("cache-control", "").partition("max-age=")[2]
+        tag, seconds = (
+            response.headers.get("etag", ""),
+            response.headers.get("cache-control", "").partition("max-age=")[2],
+        )
         if call.method == "GET" and (tag or seconds.isdigit()):
             self.held[call.key] = (body, tag, time.monotonic() + (int(seconds) if seconds.isdigit() else 0))
         return body
@@ -198,13 +240,18 @@ def unreachable(url: str, error: Exception) -> "ForecastUnavailable":
     "The error for a server that does not answer."
     from make_us_rich.core.settings import ForecastUnavailable
 
-    return ForecastUnavailable(f"the API at {url} cannot be reached ({type(error).__name__}); start it with mkrich serve, or check the address", "api_unavailable")
+    return ForecastUnavailable(
+        f"the API at {url} cannot be reached ({type(error).__name__}); start it with mkrich serve, or check the address",
+        "api_unavailable",
+    )
 
 
 SILENT = (httpx.TransportError, httpx.InvalidURL, OSError)  # nobody answers, or nobody can
 
 
-def answer_of(call: Call[T], response: httpx.Response, memory: Memory, refusal: Callable[[httpx.Response], Exception]) -> T:
+def answer_of(
+    call: Call[T], response: httpx.Response, memory: Memory, refusal: Callable[[httpx.Response], Exception]
+) -> T:
     "The value of an answer, which is kept as long as it may be; what `refusal` makes of one that is none."
     if response.status_code not in (200, 201, 304):
         raise refusal(response)
@@ -264,7 +311,13 @@ class Waiting:
         tried = 0
         while True:
             try:
-                response = self._http.request(call.method, call.path, params=call.params or None, json=call.body, headers=self.memory.headers(call))
+                response = self._http.request(
+                    call.method,
+                    call.path,
+                    params=call.params or None,
+                    json=call.body,
+                    headers=self.memory.headers(call),
+                )
             except SILENT as e:
                 raise unreachable(self.url, e) from None
             if (pause := pause_after(call, response, tried)) is None:
@@ -366,7 +419,11 @@ class Awaited:
     "A connection to the API, awaited; use it in an `async with` block or `close` it."
 
     def __init__(
-        self, url: str = "http://127.0.0.1:8750", token: str = "", *, timeout: float = 10.0,
+        self,
+        url: str = "http://127.0.0.1:8750",
+        token: str = "",
+        *,
+        timeout: float = 10.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url, self.memory = url.rstrip("/"), Memory()

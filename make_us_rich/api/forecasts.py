@@ -20,17 +20,38 @@ from ..serving.forecast import Forecast
 from ..serving.refresh import LONG_AGO, PairState
 from .refusals import Refusal
 from make_us_rich.api.routing import (
-    INTERVAL, Api, PairText, answer_ready, api_of, checked_pair, guard, json_answer, ready_answer_of, router,
+    INTERVAL,
+    Api,
+    PairText,
+    answer_ready,
+    api_of,
+    checked_pair,
+    guard,
+    json_answer,
+    ready_answer_of,
+    router,
 )
 
 # %% ../../nbs/07_api/08_forecasts.ipynb #4b383221
 EXAMPLE = Forecast(
-    pair="BTC_USDT", interval="1h", status="ok",
+    pair="BTC_USDT",
+    interval="1h",
+    status="ok",
     sentence="BTC_USDT at 20:00 UTC: between 36,852.00 and 37,148.00 with 80 % probability, after 37,000.00",
-    as_of="2023-11-23T19:00:00Z", target_open="2023-11-23T19:00:00Z", target_close="2023-11-23T20:00:00Z",
-    last_close=37_000.0, median=37_000.0, quantiles={level: 37_000 * (1 + 0.01 * (level - 0.5)) for level in LEVELS},
-    p_up=0.5, width=1.02, model_version="20231123T180000Z-0123456789ab", model_age_hours=1.0, data_age_minutes=0.1,
-    source="data-api.binance.vision", reliability="live record (grey): 12 hours, ...", run_id="BTC_USDT-1h-...",
+    as_of="2023-11-23T19:00:00Z",
+    target_open="2023-11-23T19:00:00Z",
+    target_close="2023-11-23T20:00:00Z",
+    last_close=37_000.0,
+    median=37_000.0,
+    quantiles={level: 37_000 * (1 + 0.01 * (level - 0.5)) for level in LEVELS},
+    p_up=0.5,
+    width=1.02,
+    model_version="20231123T180000Z-0123456789ab",
+    model_age_hours=1.0,
+    data_age_minutes=0.1,
+    source="data-api.binance.vision",
+    reliability="live record (grey): 12 hours, ...",
+    run_id="BTC_USDT-1h-...",
 )
 SHOWN = {"model": Forecast, "content": {"application/json": {"example": EXAMPLE.to_dict()}}}
 
@@ -44,7 +65,11 @@ class Forecasts(BaseModel):
 NOT_NEW = {"description": "Nothing new since the `ETag` in `If-None-Match`."}
 
 
-@router.get("/v1/forecasts/{pair}", summary="The newest forecast of a pair", **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW))
+@router.get(
+    "/v1/forecasts/{pair}",
+    summary="The newest forecast of a pair",
+    **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW),
+)
 async def _forecast(request: Request, pair: PairText) -> Response:
     "An abstention (`status` is `abstain`, with a reason) is a normal answer."
     api = api_of(request)
@@ -59,7 +84,9 @@ async def _forecasts(request: Request) -> Response:
     answers = [state.answer for state in api.states.values() if state.answer]
     etag = '"' + hashlib.sha256("".join(answer.etag for answer in answers).encode()).hexdigest()[:32] + '"'
     until = min((answer.until for answer in answers), default=LONG_AGO)
-    return answer_ready(api, request, b'{"forecasts":[' + b",".join(answer.body for answer in answers) + b"]}", etag, until)
+    return answer_ready(
+        api, request, b'{"forecasts":[' + b",".join(answer.body for answer in answers) + b"]}", etag, until
+    )
 
 # %% ../../nbs/07_api/08_forecasts.ipynb #9a8b0d7f
 class Candles(BaseModel):
@@ -75,9 +102,20 @@ class Candles(BaseModel):
 def _candles_of(api: Api, pair: str, rows: int) -> dict[str, Any]:
     ready_answer_of(api, pair)  # only what is served
     frame = api.service.parts.candles.read(pair, INTERVAL, rows=rows)
-    texts = frame.assign(**{name: frame[name].dt.strftime("%Y-%m-%dT%H:%M:%S.%fZ").str.replace(r"000Z$", "Z", regex=True) for name in ("timestamp", "close_time")})
+    texts = frame.assign(
+        **{
+            name: frame[name].dt.strftime("%Y-%m-%dT%H:%M:%S.%fZ").str.replace(r"000Z$", "Z", regex=True)
+            for name in ("timestamp", "close_time")
+        }
+    )
     source = api.service.parts.candles.info(pair, INTERVAL).source
-    return {"pair": pair, "interval": INTERVAL, "source": source, "columns": list(frame.columns), "rows": texts.to_numpy(object).tolist()}
+    return {
+        "pair": pair,
+        "interval": INTERVAL,
+        "source": source,
+        "columns": list(frame.columns),
+        "rows": texts.to_numpy(object).tolist(),
+    }
 
 
 @router.get("/v1/candles/{pair}", summary="The newest closed candles of a pair", **guard("counted", Candles))
@@ -169,7 +207,12 @@ def _track_record_of(request: Request, pair: PairText) -> Response:
     api = api_of(request)
     ready_answer_of(api, pair)
     if not (body := api.service.record_body(pair, INTERVAL)):
-        raise Refusal(503, "no_record", f"the record of {pair} is being added up; try again in a few seconds", {"Retry-After": "5"})
+        raise Refusal(
+            503,
+            "no_record",
+            f"the record of {pair} is being added up; try again in a few seconds",
+            {"Retry-After": "5"},
+        )
     return Response(body, media_type="application/json")
 
 # %% ../../nbs/07_api/08_forecasts.ipynb #023d2e19
@@ -182,18 +225,38 @@ class History(BaseModel):
 
 
 KEPT = (
-    "model_version", "run_id", "status", "reason", "last_close", "p_up", "width", "actual",
-    "crps", "crps_base", "abs_error", "abs_error_naive", "in50", "in80", "in95", "up_hit",
+    "model_version",
+    "run_id",
+    "status",
+    "reason",
+    "last_close",
+    "p_up",
+    "width",
+    "actual",
+    "crps",
+    "crps_base",
+    "abs_error",
+    "abs_error_naive",
+    "in50",
+    "in80",
+    "in95",
+    "up_hit",
 )
 
 
 def _past(row: ForecastRow) -> dict[str, Any]:
     times = {name: getattr(row, name) for name in ("target_open", "target_close", "as_of", "settled_at")}
     quantiles = dict(zip(map(str, LEVELS), row.quantiles, strict=True)) if row.quantiles else None
-    return {name: time and utc_iso(time) for name, time in times.items()} | {name: getattr(row, name) for name in KEPT} | {"quantiles": quantiles}
+    return (
+        {name: time and utc_iso(time) for name, time in times.items()}
+        | {name: getattr(row, name) for name in KEPT}
+        | {"quantiles": quantiles}
+    )
 
 
-@router.get("/v1/forecasts/{pair}/history", summary="Earlier forecasts of a pair, and what came", **guard("known", History))
+@router.get(
+    "/v1/forecasts/{pair}/history", summary="Earlier forecasts of a pair, and what came", **guard("known", History)
+)
 def _history(request: Request, pair: PairText, limit: Annotated[int, Query(ge=1, le=720)] = 50) -> Response:
     "No forecast is left out. Not counted as a call."
     api = api_of(request)
@@ -219,11 +282,23 @@ def _line(api: Api, pair: str, state: PairState) -> dict[str, Any]:
     version = state.model.manifest.version if state.model else ""
     forecast = state.answer.forecast.to_dict() if state.answer else None
     badge = state.record.badge.colour if state.record else "grey"
-    return {"pair": pair, "forecast": forecast, "closes": closes, "badge": badge, "model_version": version, "problem": ""}
+    return {
+        "pair": pair,
+        "forecast": forecast,
+        "closes": closes,
+        "badge": badge,
+        "model_version": version,
+        "problem": "",
+    }
 
 
 @router.get("/v1/overview", summary="All pairs at a glance", **guard("counted", Overview))
 def _overview(request: Request) -> Response:
     "One call, however many pairs are served; `now` is the exchange's time."
     api = api_of(request)
-    return json_answer({"now": utc_iso(api.service.parts.now), "pairs": [_line(api, pair, state) for pair, state in api.states.items()]})
+    return json_answer(
+        {
+            "now": utc_iso(api.service.parts.now),
+            "pairs": [_line(api, pair, state) for pair, state in api.states.items()],
+        }
+    )

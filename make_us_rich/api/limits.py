@@ -27,7 +27,9 @@ ID_FORM = re.compile(rb"[A-Za-z0-9-]{8,64}")
 TOKEN_IN_URL = re.compile(r"mur_[\w-]{8}|(?:^|[&;])(?:access_|api_)?(?:token|key|password)=", re.I)
 
 
-TOO_BUSY = Refusal(503, "busy", "too many requests are being answered just now; try again in a second", {"Retry-After": "1"})
+TOO_BUSY = Refusal(
+    503, "busy", "too many requests are being answered just now; try again in a second", {"Retry-After": "1"}
+)
 
 
 def _odd(scope: Scope) -> Refusal | None:
@@ -36,11 +38,20 @@ def _odd(scope: Scope) -> Refusal | None:
     for name, value in headers:
         size += len(name) + len(value)
         if name == b"content-length" and (not value.isdigit() or int(value[:9]) > LARGEST_BODY):
-            return Refusal(413, "too_large", f"a body has at most {LARGEST_BODY:,} bytes; send less", {"Connection": "close"})
+            return Refusal(
+                413, "too_large", f"a body has at most {LARGEST_BODY:,} bytes; send less", {"Connection": "close"}
+            )
         if name == b"transfer-encoding":
-            return Refusal(411, "no_length", "a body needs its Content-Length; send it in one piece", {"Connection": "close"})
+            return Refusal(
+                411, "no_length", "a body needs its Content-Length; send it in one piece", {"Connection": "close"}
+            )
     if size > LARGEST_HEADERS:
-        return Refusal(431, "too_large", f"headers have at most {LARGEST_HEADERS:,} bytes together; send less", {"Connection": "close"})
+        return Refusal(
+            431,
+            "too_large",
+            f"headers have at most {LARGEST_HEADERS:,} bytes together; send less",
+            {"Connection": "close"},
+        )
     if (query := scope["query_string"]) and TOKEN_IN_URL.search(unquote_plus(query.decode("latin-1"))):
         text = "a token never belongs into a URL, where every log on the way keeps it; revoke it, make a new one and send it as a header"
         return Refusal(401, "token_in_url", text, BEARER)

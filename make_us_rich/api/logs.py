@@ -64,12 +64,26 @@ class Metrics:
         self.registry = prometheus.CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
         steps = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10)
-        self.seconds = prometheus.Histogram("mur_request_seconds", "Time to answer.", ["route", "status"], **made, buckets=steps)
-        self.quota_refused = prometheus.Counter("mur_quota_refused", "Calls refused because a month's calls were used up.", **made)
-        self.model_age = prometheus.Gauge("mur_model_age_seconds", "Age of a model's newest candle.", ["pair"], **made, multiprocess_mode="mostrecent")
-        self.candle_lag = prometheus.Gauge("mur_candle_lag_seconds", "Time since the forecast's last close.", ["pair"], **made, multiprocess_mode="mostrecent")
+        self.seconds = prometheus.Histogram(
+            "mur_request_seconds", "Time to answer.", ["route", "status"], **made, buckets=steps
+        )
+        self.quota_refused = prometheus.Counter(
+            "mur_quota_refused", "Calls refused because a month's calls were used up.", **made
+        )
+        self.model_age = prometheus.Gauge(
+            "mur_model_age_seconds", "Age of a model's newest candle.", ["pair"], **made, multiprocess_mode="mostrecent"
+        )
+        self.candle_lag = prometheus.Gauge(
+            "mur_candle_lag_seconds",
+            "Time since the forecast's last close.",
+            ["pair"],
+            **made,
+            multiprocess_mode="mostrecent",
+        )
         fine = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
-        self.inference = prometheus.Histogram("mur_inference_seconds", "Time of the model for one forecast.", ["pair"], **made, buckets=fine)
+        self.inference = prometheus.Histogram(
+            "mur_inference_seconds", "Time of the model for one forecast.", ["pair"], **made, buckets=fine
+        )
         self._known: dict[tuple[str, int], prometheus.Histogram] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:

@@ -64,7 +64,9 @@ def _models(request: Request) -> Models:
 def _served_model(pair: str, state: PairState) -> ServedModel:
     version, cutoff = (state.model.manifest.version, str(state.model.manifest.cutoff)) if state.model else ("", "")
     champion = state.pointer.version if state.pointer else ""
-    return ServedModel(pair=pair, interval=INTERVAL, version=version, cutoff=cutoff, champion=champion, degraded=version != champion)
+    return ServedModel(
+        pair=pair, interval=INTERVAL, version=version, cutoff=cutoff, champion=champion, degraded=version != champion
+    )
 
 
 @router.get("/v1/models/{pair}", summary="All versions of a pair", **guard("counted"))
@@ -72,13 +74,24 @@ def _models_of(request: Request, pair: PairText) -> Versions:
     "Read from the model store."
     api = api_of(request)
     ready_answer_of(api, pair)
-    return Versions(pair=pair, interval=INTERVAL, versions=[_version(info) for info in api.service.parts.store.versions(pair, INTERVAL)])
+    return Versions(
+        pair=pair,
+        interval=INTERVAL,
+        versions=[_version(info) for info in api.service.parts.store.versions(pair, INTERVAL)],
+    )
 
 
 def _version(info: VersionInfo) -> Version:
     m = info.manifest
     facts = (str(m.cutoff), m.scores, m.run_id) if m else ("", [], "")
-    return Version(version=info.version, champion=info.champion, usable=m is not None, cutoff=facts[0], scores=facts[1], run_id=facts[2])
+    return Version(
+        version=info.version,
+        champion=info.champion,
+        usable=m is not None,
+        cutoff=facts[0],
+        scores=facts[1],
+        run_id=facts[2],
+    )
 
 # %% ../../nbs/07_api/10_models.ipynb #a5b1bfaf
 class RollbackBody(BaseModel):
@@ -87,7 +100,9 @@ class RollbackBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Annotated[str, Field(pattern=r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}$")] | None = None
-    reason: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", examples=["ranges were too narrow"])]
+    reason: Annotated[
+        str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", examples=["ranges were too narrow"])
+    ]
 
 
 class RolledBack(BaseModel):
@@ -103,7 +118,9 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody) -> RolledBac
     api, caller = api_of(request), request.scope["caller"]
     usable = [info.version for info in api.service.parts.store.versions(pair, INTERVAL) if info.manifest]
     if pair not in api.states or (body.version and body.version not in usable):
-        raise Refusal(404, "unknown_version", f"{pair} has no such usable version; GET /v1/models/{pair} lists those there are")
+        raise Refusal(
+            404, "unknown_version", f"{pair} has no such usable version; GET /v1/models/{pair} lists those there are"
+        )
     version = api.service.parts.store.rollback(pair, INTERVAL, body.version, f"{caller.name}: {body.reason}")
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", pair, f"{version} {body.reason}")

@@ -36,18 +36,26 @@ LOGIN_POLICY = {
 
 
 PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("make_us_rich.api"), autoescape=True, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True,
+    loader=jinja2.PackageLoader("make_us_rich.api"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
-def _login_page(user: str = "", problem: str = "", status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _login_page(
+    user: str = "", problem: str = "", status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
     "The form, or for somebody who is logged in the way back and the way out."
     page = PAGES.get_template("login.html").render(user=user, problem=problem)
     return HTMLResponse(page, status, {**LOGIN_POLICY, **(headers or {})})
 
 # %% ../../nbs/07_api/14_pages.ipynb #82147071
-HTML_AGAIN = {"description": "The form again, with a sentence about what was wrong.", "content": {"text/html": {"schema": {"type": "string"}}}}
+HTML_AGAIN = {
+    "description": "The form again, with a sentence about what was wrong.",
+    "content": {"text/html": {"schema": {"type": "string"}}},
+}
 
 
 def _known_by_cookie(request: Request) -> User | None:
@@ -63,30 +71,55 @@ def _known_by_cookie(request: Request) -> User | None:
 def _log_in(api: Api, address: str, body: bytes) -> str:
     "A token that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
     if wait := api.logins.take(address):
-        raise Refusal(429, "too_many_tries", f"too many log-ins came from this address; wait {wait} seconds", {"Retry-After": str(wait)})
+        raise Refusal(
+            429,
+            "too_many_tries",
+            f"too many log-ins came from this address; wait {wait} seconds",
+            {"Retry-After": str(wait)},
+        )
     said = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10)
     name, password = (said.get(field, [""])[0] for field in ("name", "password"))
     with session(api.engine) as s:
         return make_token(s, verify_password(s, name[:64], password[:256]), "page", WEEK, api.clock()).token
 
 
-@router.get("/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **guard("public"))
+@router.get(
+    "/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **guard("public")
+)
 def _login_form(request: Request) -> Response:
     "A form without a script; for somebody who is logged in, the way out."
     user = _known_by_cookie(request)
     return _login_page(user.name if user else "")
 
 
-@router.post("/session/login", summary="Log a browser in", status_code=303, response_class=RedirectResponse, **guard("public", _401=HTML_AGAIN, _429=HTML_AGAIN))
+@router.post(
+    "/session/login",
+    summary="Log a browser in",
+    status_code=303,
+    response_class=RedirectResponse,
+    **guard("public", _401=HTML_AGAIN, _429=HTML_AGAIN),
+)
 async def _open_session(request: Request) -> Response:
     "Takes the form's `name` and `password`, sets the cookie, leads to the page."
     api, body = api_of(request), await request.body()
     try:
         raw = await run_in_threadpool(_log_in, api, address_of(request), body)
     except (AuthError, Refusal, ValueError) as e:
-        return _login_page(problem=str(e), status=e.status if isinstance(e, Refusal) else 401, headers=e.headers if isinstance(e, Refusal) else None)
+        return _login_page(
+            problem=str(e),
+            status=e.status if isinstance(e, Refusal) else 401,
+            headers=e.headers if isinstance(e, Refusal) else None,
+        )
     answer = RedirectResponse("/", 303, {"Cache-Control": "no-store"})
-    answer.set_cookie(COOKIE, raw, max_age=WEEK * 86_400, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https")
+    answer.set_cookie(
+        COOKIE,
+        raw,
+        max_age=WEEK * 86_400,
+        path="/",
+        httponly=True,
+        samesite="lax",
+        secure=request.url.scheme == "https",
+    )
     return answer
 
 # %% ../../nbs/07_api/14_pages.ipynb #99310868
@@ -94,10 +127,17 @@ async def _open_session(request: Request) -> Response:
 def _check_session(request: Request) -> Response:
     "For the front door: the cookie of the log-in page, or a token in the header. Headers say who it is."
     token = bearer_token(shown_token(request))
-    return Response(b'{"status":"known"}', 200, {"X-Mur-User": request.scope["caller"].name, "X-Mur-Token": token, "Cache-Control": "no-store"}, "application/json")
+    return Response(
+        b'{"status":"known"}',
+        200,
+        {"X-Mur-User": request.scope["caller"].name, "X-Mur-Token": token, "Cache-Control": "no-store"},
+        "application/json",
+    )
 
 
-@router.post("/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **guard("public"))
+@router.post(
+    "/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **guard("public")
+)
 def _close_session(request: Request) -> Response:
     "Revokes the cookie's token and leads to the log-in page."
     api, user, raw = api_of(request), _known_by_cookie(request), request.cookies.get(COOKIE, "")
@@ -137,7 +177,9 @@ def _docs_page(schema: dict[str, Any]) -> str:
     return PAGES.get_template("docs.html").render(info=schema["info"], calls=calls)
 
 # %% ../../nbs/07_api/14_pages.ipynb #a8254383
-@router.get("/", summary="Leads to the documentation", status_code=307, response_class=RedirectResponse, **guard("public"))
+@router.get(
+    "/", summary="Leads to the documentation", status_code=307, response_class=RedirectResponse, **guard("public")
+)
 async def _root(request: Request) -> Response:
     "To /docs."
     return RedirectResponse("/docs")

@@ -19,7 +19,15 @@ from ..core.tables import Token, User
 from ..core.database import session
 from .refusals import Refusal
 from make_us_rich.api.accounts import (
-    add_user, call_limit, create_token, get_user, list_tokens, list_users, revoke_token, set_disabled, usage,
+    add_user,
+    call_limit,
+    create_token,
+    get_user,
+    list_tokens,
+    list_users,
+    revoke_token,
+    set_disabled,
+    usage,
     verify_password,
 )
 from .routing import address_of, api_of, guard, router
@@ -57,7 +65,9 @@ class NewToken(TokenInfo):
 
 def _token_facts(token: Token) -> dict[str, Any]:
     times = {name: getattr(token, name) for name in ("created_at", "expires_at", "revoked_at", "last_used_at")}
-    return {"id": token.id, "name": token.name, "prefix": token.prefix} | {name: time and utc_iso(time) for name, time in times.items()}
+    return {"id": token.id, "name": token.name, "prefix": token.prefix} | {
+        name: time and utc_iso(time) for name, time in times.items()
+    }
 
 
 def _no_token_here(name: str) -> str:
@@ -70,15 +80,29 @@ def _no_token_here(name: str) -> str:
 def make_token(s: Session, user: User, name: str, days: int | None, now: pd.Timestamp) -> NewToken:
     living = [t for t in list_tokens(s, user) if t.revoked_at is None and (t.expires_at is None or t.expires_at > now)]
     if len(living) >= 50:
-        raise Refusal(409, "too_many_tokens", f"{user.name} has {len(living)} valid tokens, 50 are allowed; revoke some at DELETE /v1/me/tokens/{{id}}")
-    raw, token = create_token(s, user, _no_token_here(name), now, expires=None if days is None else now + pd.Timedelta(days=days), actor=user.name)
+        raise Refusal(
+            409,
+            "too_many_tokens",
+            f"{user.name} has {len(living)} valid tokens, 50 are allowed; revoke some at DELETE /v1/me/tokens/{{id}}",
+        )
+    raw, token = create_token(
+        s,
+        user,
+        _no_token_here(name),
+        now,
+        expires=None if days is None else now + pd.Timedelta(days=days),
+        actor=user.name,
+    )
     return NewToken(**_token_facts(token), token=raw)
 
 # %% ../../nbs/07_api/11_people.ipynb #74756680
 UserName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["ana"])]
 
 
-Password = Annotated[str, Field(min_length=12, max_length=256, json_schema_extra={"format": "password"}, examples=["four random words here"])]
+Password = Annotated[
+    str,
+    Field(min_length=12, max_length=256, json_schema_extra={"format": "password"}, examples=["four random words here"]),
+]
 
 
 class LoginBody(BaseModel):
@@ -87,7 +111,12 @@ class LoginBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: UserName
-    password: Annotated[str, Field(min_length=1, max_length=256, json_schema_extra={"format": "password"}, examples=["four random words here"])]
+    password: Annotated[
+        str,
+        Field(
+            min_length=1, max_length=256, json_schema_extra={"format": "password"}, examples=["four random words here"]
+        ),
+    ]
 
 
 class TokenBody(BaseModel):
@@ -117,7 +146,15 @@ def _me(request: Request) -> Me:
     with session(api.engine) as s:
         month = usage(s, get_user(s, caller.name), api.settings.monthly_calls, api.clock())
     renews = utc_iso(month.renews_at)
-    return Me(name=caller.name, role=caller.role, month=month.month, used=month.used, limit=month.limit, left=month.left, renews_at=renews)
+    return Me(
+        name=caller.name,
+        role=caller.role,
+        month=month.month,
+        used=month.used,
+        limit=month.limit,
+        left=month.left,
+        renews_at=renews,
+    )
 
 # %% ../../nbs/07_api/11_people.ipynb #2232d6d2
 class Tokens(BaseModel):
@@ -214,7 +251,9 @@ def _make_user(request: Request, body: UserBody) -> UserInfo:
 
 
 @router.put("/v1/users/{name}", summary="Lock a user out, or let them in again", **guard("admin"))
-def _change_user(request: Request, name: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["ana"])], body: UserChange) -> UserInfo:
+def _change_user(
+    request: Request, name: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["ana"])], body: UserChange
+) -> UserInfo:
     "Their tokens and password end to work at once; in other workers within a second."
     api, caller = api_of(request), request.scope["caller"]
     if name == caller.name:

@@ -34,7 +34,9 @@ def _as_news(event: Event) -> ServerSentEvent:
 class Streams:
     "Fans the service's news out to readers; bounded in readers, in events that wait, and in time."
 
-    def __init__(self, most: int = 200, waiting: int = 100, heartbeat: float = 10.0, ticks: Ticks = time.monotonic) -> None:
+    def __init__(
+        self, most: int = 200, waiting: int = 100, heartbeat: float = 10.0, ticks: Ticks = time.monotonic
+    ) -> None:
         self.most, self.waiting, self.heartbeat = most, waiting, heartbeat
         self.longest, self.ticks = 3600.0, ticks
         self.places: set[Place] = set()

@@ -18,7 +18,13 @@ from ..core.settings import AuthError, MakeUsRichError, StoreError
 class Problem(BaseModel):
     "What every refusal says: a word for programs, a sentence for people, and the id under which the log knows the request."
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"error": "quota", "message": "all 1,000 calls of 2026-11 are used; ...", "request_id": "4d2f..."}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"error": "quota", "message": "all 1,000 calls of 2026-11 are used; ...", "request_id": "4d2f..."}
+            ]
+        }
+    )
 
     error: str
     message: str
@@ -40,9 +46,19 @@ class Refusal(Exception):
 
 # %% ../../nbs/07_api/01_refusals.ipynb #be74a210
 CALLERS_FAULT = {
-    "unknown_user": 404, "unknown_token": 404, "unknown_version": 404, "unknown_pair": 404,
-    "name_taken": 409, "no_earlier": 409, "older_cutoff": 409, "gate": 409,
-    "bad_name": 422, "bad_password": 422, "bad_role": 422, "bad_monthly_calls": 422, "bad_expiry": 422,
+    "unknown_user": 404,
+    "unknown_token": 404,
+    "unknown_version": 404,
+    "unknown_pair": 404,
+    "name_taken": 409,
+    "no_earlier": 409,
+    "older_cutoff": 409,
+    "gate": 409,
+    "bad_name": 422,
+    "bad_password": 422,
+    "bad_role": 422,
+    "bad_monthly_calls": 422,
+    "bad_expiry": 422,
 }
 
 
@@ -56,10 +72,24 @@ BEARER = {"WWW-Authenticate": 'Bearer realm="make-us-rich"'}
 
 
 NEUTRAL = {
-    "database_unfit": Refusal(422, "unfit", "a text or a number in this request cannot be stored; send plain Unicode and numbers below 2^31"),
-    "database_conflict": Refusal(409, "conflict", "somebody changed the same thing at the same time; look at it and try again"),
-    "database": Refusal(503, "database", "the database of this service cannot be used just now; try again in a few seconds", {"Retry-After": "5"}),
-    "store": Refusal(503, "unavailable", "a part that this answer needs is out of reach just now; try again in a minute", {"Retry-After": "60"}),
+    "database_unfit": Refusal(
+        422, "unfit", "a text or a number in this request cannot be stored; send plain Unicode and numbers below 2^31"
+    ),
+    "database_conflict": Refusal(
+        409, "conflict", "somebody changed the same thing at the same time; look at it and try again"
+    ),
+    "database": Refusal(
+        503,
+        "database",
+        "the database of this service cannot be used just now; try again in a few seconds",
+        {"Retry-After": "5"},
+    ),
+    "store": Refusal(
+        503,
+        "unavailable",
+        "a part that this answer needs is out of reach just now; try again in a minute",
+        {"Retry-After": "60"},
+    ),
     "internal": Refusal(500, "internal", "something went wrong here; give the request id to whoever runs this service"),
 }
 
@@ -71,7 +101,9 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, RequestValidationError):
         return Refusal(422, "bad_request", _first_problem(error))
     if isinstance(error, HTTPException):
-        word, text = ASTRAY.get(error.status_code, ("bad_request", "this request cannot be read; /docs describes what there is"))
+        word, text = ASTRAY.get(
+            error.status_code, ("bad_request", "this request cannot be read; /docs describes what there is")
+        )
         return Refusal(error.status_code, word, text, dict(error.headers or {}))
     if isinstance(error, AuthError):
         return Refusal(401, error.reason, str(error), BEARER)

@@ -98,7 +98,9 @@ def shown_token(request: Request) -> str | None:
 
 async def _admit(request: Request, access: str) -> Caller:
     target = f"{request.method} {request.scope['route'].path}"
-    caller = await run_in_threadpool(api_of(request).gate.admit, shown_token(request), address_of(request), access, target)
+    caller = await run_in_threadpool(
+        api_of(request).gate.admit, shown_token(request), address_of(request), access, target
+    )
     request.scope["caller"] = caller
     return caller
 
@@ -161,7 +163,10 @@ router = APIRouter(route_class=GuardedRoute)
 
 TROUBLES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Problem, "description": "Something about the call; the message says what to do."},
-    "5XX": {"model": Problem, "description": "Something about this service; `Retry-After` says when to try again, and the call was not counted."},
+    "5XX": {
+        "model": Problem,
+        "description": "Something about this service; `Retry-After` says when to try again, and the call was not counted.",
+    },
 }
 
 
@@ -170,7 +175,11 @@ def guard(access: Access, answer: Any = None, **responses: dict[str, Any]) -> di
     shown = {200: {"model": answer}} if answer else {}
     security: list[dict[str, list[str]]] = [] if access == "public" else [{"bearer": []}]
     extra = {"openapi_extra": {"x-access": access, "security": security}}
-    return extra | ({"response_model": None} if answer else {}) | {"responses": TROUBLES | shown | {int(k[1:]): v for k, v in responses.items()}}
+    return (
+        extra
+        | ({"response_model": None} if answer else {})
+        | {"responses": TROUBLES | shown | {int(k[1:]): v for k, v in responses.items()}}
+    )
 
 # %% ../../nbs/07_api/07_routing.ipynb #b860f584
 PAIR_FORM = r"^[A-Za-z0-9]{1,20}[_-]?[A-Za-z0-9]{1,20}$"

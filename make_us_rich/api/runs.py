@@ -27,7 +27,8 @@ RUN_FORM = r"^[A-Za-z0-9][A-Za-z0-9_.=+-]{0,119}$"
 
 
 RUN_ID = Path(
-    description="id of a run, as forecasts and versions name it", pattern=RUN_FORM,
+    description="id of a run, as forecasts and versions name it",
+    pattern=RUN_FORM,
     examples=["BTC_USDT-1h-20231231T230000Z-0a1b2c"],
 )
 
@@ -73,7 +74,12 @@ RunState = Literal["running", "published", "refused", "failed", "skipped", "aban
 @router.get("/v1/runs", summary="What ran, and what became of it", **guard("admin", Runs))
 def _runs(request: Request, state: RunState | None = None, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> Response:
     "From the run ledger. Reasons may name files and hosts, so admins only."
-    wanted = select(RunRow).where(*([RunRow.state == state] if state else [])).order_by(RunRow.started_at.desc(), RunRow.id.desc()).limit(limit)
+    wanted = (
+        select(RunRow)
+        .where(*([RunRow.state == state] if state else []))
+        .order_by(RunRow.started_at.desc(), RunRow.id.desc())
+        .limit(limit)
+    )
     with session(api_of(request).engine) as s:
         rows = list(s.scalars(wanted))
     return json_answer({"runs": [_run_line(row) for row in rows]})
@@ -90,25 +96,39 @@ def _text(kind: str) -> dict[str, Any]:
 
 def _row_of(api: Api, run_id: str) -> RunRow:
     with session(api.engine) as s:
-        found = s.scalars(select(RunRow).where(RunRow.run_id.in_([run_id, re.sub("-har-t$", "", run_id)])).limit(1)).first()
+        found = s.scalars(
+            select(RunRow).where(RunRow.run_id.in_([run_id, re.sub("-har-t$", "", run_id)])).limit(1)
+        ).first()
     if found is None:
         raise Refusal(404, "unknown_run", "no run of this id is in the ledger; GET /v1/runs lists those there are")
     return found
 
 
-@router.get("/v1/runs/{run_id}/page", summary="The executed notebook of a run, as a page", **guard("known", _200=_text("text/html")))
+@router.get(
+    "/v1/runs/{run_id}/page",
+    summary="The executed notebook of a run, as a page",
+    **guard("known", _200=_text("text/html")),
+)
 def _run_page(request: Request, run_id: RunText) -> Response:
     "A page without scripts and without requests."
     api = api_of(request)
     row = _row_of(api, run_id)
     if row.state not in ("published", "refused") and request.scope["caller"].role != "admin":
-        raise Refusal(403, "not_allowed", f"this run is {row.state}, and the pages of such runs are for admins; ask whoever runs this service")
+        raise Refusal(
+            403,
+            "not_allowed",
+            f"this run is {row.state}, and the pages of such runs are for admins; ask whoever runs this service",
+        )
     page = api.service.parts.store.page(row.pair, row.interval, row.version) if row.version else None
     beside = FilePath(row.notebook or "none").with_suffix(".html")
     if page is None and row.notebook and beside.is_file():
         page = beside.read_bytes()
     if page is None:
-        raise Refusal(404, "no_page", "this run has no page here: it left no notebook, it is still under way, or its page was cleaned away")
+        raise Refusal(
+            404,
+            "no_page",
+            "this run has no page here: it left no notebook, it is still under way, or its page was cleaned away",
+        )
     return HTMLResponse(page, headers=PAGE_POLICY)
 
 
@@ -118,5 +138,9 @@ def _run_log(request: Request, run_id: RunText) -> Response:
     row = _row_of(api_of(request), run_id)
     path = FilePath(row.log or "none")
     if not row.log or not path.is_file():
-        raise Refusal(404, "no_log", "this run has no log here: it never started a notebook, or another machine ran it, or it was cleaned away")
+        raise Refusal(
+            404,
+            "no_log",
+            "this run has no log here: it never started a notebook, or another machine ran it, or it was cleaned away",
+        )
     return PlainTextResponse(scrub(path.read_bytes()[-65_536:].decode("utf-8", "replace")))

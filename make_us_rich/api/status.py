@@ -36,7 +36,12 @@ def _readyz(request: Request) -> Response:
     api = api_of(request)
     ping(api.engine)
     if not any(state.model for state in api.states.values()):
-        raise Refusal(503, "not_ready", "no verified model is loaded yet; train and publish one, or wait for the store", {"Retry-After": "5"})
+        raise Refusal(
+            503,
+            "not_ready",
+            "no verified model is loaded yet; train and publish one, or wait for the store",
+            {"Retry-After": "5"},
+        )
     return json_answer({"status": "ready"})
 
 

@@ -27,7 +27,9 @@ async def _place(request: Request) -> AsyncIterator[Place]:
 
 
 @router.get(
-    STREAM, summary="News as they happen, as server-sent events", response_class=EventSourceResponse,
+    STREAM,
+    summary="News as they happen, as server-sent events",
+    response_class=EventSourceResponse,
     **guard("counted", _200=SSE),
 )
 async def _stream(request: Request, place: Annotated[Any, Depends(_place)]) -> AsyncIterator[ServerSentEvent]:

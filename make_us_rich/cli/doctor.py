@@ -30,7 +30,18 @@ class Finding:
     remedy: str = ""
 
 
-SERVING = ("numpy", "pandas", "pyarrow", "python-binance", "pydantic", "obstore", "onnxruntime", "fastapi", "uvicorn", "typer")
+SERVING = (
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "python-binance",
+    "pydantic",
+    "obstore",
+    "onnxruntime",
+    "fastapi",
+    "uvicorn",
+    "typer",
+)
 
 
 TRAINING = ("torch", "pytorch-lightning", "onnx", "papermill", "ipykernel", "scipy", "wandb", "matplotlib")
@@ -50,17 +61,31 @@ def examine(settings: Settings) -> list[Finding]:
 
 def _python(settings: Settings) -> Finding:
     good = sys.version_info >= (3, 11)
-    return Finding("python", "ok" if good else "fail", f"{platform.python_version()} on {platform.system()}", "" if good else "install Python 3.11 or newer")
+    return Finding(
+        "python",
+        "ok" if good else "fail",
+        f"{platform.python_version()} on {platform.system()}",
+        "" if good else "install Python 3.11 or newer",
+    )
 
 
 def _libraries(settings: Settings) -> Finding:
     lacking = [n for n in SERVING if not installed_version(n)]
     untrained = [n for n in TRAINING if not installed_version(n)]
-    text = ", ".join(f"{n} {installed_version(n)}" for n in ("make_us_rich", "onnxruntime", "torch", "pytorch-lightning", "onnx") if installed_version(n))
+    text = ", ".join(
+        f"{n} {installed_version(n)}"
+        for n in ("make_us_rich", "onnxruntime", "torch", "pytorch-lightning", "onnx")
+        if installed_version(n)
+    )
     if lacking:
         return Finding("libraries", "fail", f"lacking {', '.join(lacking)}", "run: pip install make_us_rich")
     if untrained:
-        return Finding("libraries", "warn", f"{text}; for training lacking {', '.join(untrained)}", "run: pip install 'make_us_rich[train]'")
+        return Finding(
+            "libraries",
+            "warn",
+            f"{text}; for training lacking {', '.join(untrained)}",
+            "run: pip install 'make_us_rich[train]'",
+        )
     return Finding("libraries", "ok", text)
 
 
@@ -75,7 +100,12 @@ def _home(settings: Settings) -> Finding:
 def _disk(settings: Settings) -> Finding:
     free = shutil.disk_usage(settings.home if settings.home.exists() else ".").free / 1e9
     state = "ok" if free > 1 else "warn" if free > 0.1 else "fail"
-    return Finding("disk", state, f"{free:.1f} GB free", "" if state == "ok" else "make room: a year of one pair takes 1 MB, a run about 1 MB")
+    return Finding(
+        "disk",
+        state,
+        f"{free:.1f} GB free",
+        "" if state == "ok" else "make room: a year of one pair takes 1 MB, a run about 1 MB",
+    )
 
 # %% ../../nbs/11_cli/04_doctor.ipynb #4f703326
 def _exchange(settings: Settings) -> Finding:
@@ -88,7 +118,12 @@ def _exchange(settings: Settings) -> Finding:
     if client.source.startswith("historical"):
         return Finding("exchange", "ok", f"{text}; its clock stands at {utc_iso(now)}")
     state = "ok" if abs(off) < 30 else "warn"
-    return Finding("exchange", state, f"{text}; clocks differ by {off:.0f} s", "" if state == "ok" else "set this machine's clock; the exchange's clock is used meanwhile")
+    return Finding(
+        "exchange",
+        state,
+        f"{text}; clocks differ by {off:.0f} s",
+        "" if state == "ok" else "set this machine's clock; the exchange's clock is used meanwhile",
+    )
 
 
 def _notebooks(settings: Settings) -> Finding:
@@ -102,7 +137,12 @@ def _notebooks(settings: Settings) -> Finding:
 def _threads(settings: Settings) -> Finding:
     cores = os.cpu_count() or 1
     good = settings.threads <= cores
-    return Finding("threads", "ok" if good else "warn", f"{settings.threads} per training, {cores} cores", "" if good else "set MUR_THREADS=1")
+    return Finding(
+        "threads",
+        "ok" if good else "warn",
+        f"{settings.threads} per training, {cores} cores",
+        "" if good else "set MUR_THREADS=1",
+    )
 
 
 def _wandb(settings: Settings) -> Finding:
@@ -116,7 +156,12 @@ def _models(settings: Settings) -> Finding:
     store = ModelStore(settings.store_url)
     damaged = [i.version for p, interval in store.pairs() for i in store.versions(p, interval) if i.problem]
     text = f"{settings.store_url}, {len(list(store.pairs()))} pairs"
-    return Finding("models", "warn" if damaged else "ok", text + (f", damaged: {', '.join(damaged)}" if damaged else ""), "train again" if damaged else "")
+    return Finding(
+        "models",
+        "warn" if damaged else "ok",
+        text + (f", damaged: {', '.join(damaged)}" if damaged else ""),
+        "train again" if damaged else "",
+    )
 
 
 @app.command(epilog="Example: [bold]mkrich doctor[/]")

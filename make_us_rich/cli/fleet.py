@@ -28,20 +28,34 @@ from .output import app, new_console, say
 SERVER = "http://127.0.0.1:4200/api"
 
 
-ServerOption = Annotated[str, typer.Option(envvar="PREFECT_API_URL", help="URL of the API of the Prefect server.", metavar="URL")]
+ServerOption = Annotated[
+    str, typer.Option(envvar="PREFECT_API_URL", help="URL of the API of the Prefect server.", metavar="URL")
+]
 
 
-PrefectOption = Annotated[Path | None, typer.Option("--prefect", help="Folder of Prefect's environment. Default: .venv-prefect.")]
+PrefectOption = Annotated[
+    Path | None, typer.Option("--prefect", help="Folder of Prefect's environment. Default: .venv-prefect.")
+]
 
 
 PoolOption = Annotated[str, typer.Option(help="Name of the work pool.")]
 
 
-@app.command("deploy-schedule", epilog="Examples: [bold]mkrich deploy-schedule BTC_USDT ETH_USDT[/] | [bold]mkrich deploy-schedule --file pairs.yaml --limit 8[/]")
+@app.command(
+    "deploy-schedule",
+    epilog="Examples: [bold]mkrich deploy-schedule BTC_USDT ETH_USDT[/] | [bold]mkrich deploy-schedule --file pairs.yaml --limit 8[/]",
+)
 def deploy_schedule(
-    pairs: Annotated[list[str] | None, typer.Argument(help="Pairs, each hourly; or use --file.", metavar="[PAIR...]")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="YAML list of pairs, as for `mkrich schedule`. Default: MUR_HOME/pairs.yaml.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Runs at once in the whole fleet; without: only the workers' own limits.")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Argument(help="Pairs, each hourly; or use --file.", metavar="[PAIR...]")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="YAML list of pairs, as for `mkrich schedule`. Default: MUR_HOME/pairs.yaml."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once in the whole fleet; without: only the workers' own limits.")
+    ] = None,
     sweep: Annotated[float, typer.Option(min=5, help="Seconds between two looks for runs that are missing.")] = 120,
     pool: PoolOption = "mkrich",
     server: ServerOption = SERVER,
@@ -50,12 +64,21 @@ def deploy_schedule(
     "Give the schedule to a Prefect server, whose workers run it on many machines."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.schedule.fleet import (
-        check_server, deployments, engine_environment, find_prefect, register, warn_of_one_host,
+        check_server,
+        deployments,
+        engine_environment,
+        find_prefect,
+        register,
+        warn_of_one_host,
     )
     from make_us_rich.schedule.plan import PlanFile, read_plan
 
     settings = get_settings()
-    plan = read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml").plan
+    plan = (
+        read_plan("\n".join(f"- {pair}" for pair in pairs))
+        if pairs
+        else PlanFile(file or settings.home / "pairs.yaml").plan
+    )
     python, server = find_prefect(prefect), check_server(server)
     migrate(connect(settings.db_url))
     done = register(deployments(plan, pool, limit, sweep), python, engine_environment(settings, server))
@@ -80,11 +103,18 @@ def _become(python: Path, words: list[str], environment: dict[str, str]) -> None
     os.execve(python, [str(python), "-m", "prefect", *words], environment)
 
 
-@fleet_app.command("server", epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 --database postgresql+asyncpg://prefect:...@db/prefect[/]")
+@fleet_app.command(
+    "server",
+    epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 --database postgresql+asyncpg://prefect:...@db/prefect[/]",
+)
 def fleet_server(
-    host: Annotated[str, typer.Option(help="Address to listen on; the page has no password, so keep it inside your network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the page has no password, so keep it inside your network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the API and the page.")] = 4200,
-    database: Annotated[str, typer.Option(help="Prefect's own database, another one than ours; without: a SQLite file.", metavar="URL")] = "",
+    database: Annotated[
+        str, typer.Option(help="Prefect's own database, another one than ours; without: a SQLite file.", metavar="URL")
+    ] = "",
     prefect: PrefectOption = None,
 ) -> None:
     "Run the Prefect server, until Ctrl-C; its page is at http://HOST:PORT."
@@ -127,7 +157,19 @@ def fleet_worker(
     environment, name = engine_environment(settings, server), name or socket.gethostname()
     start = ["worker", "start", "--pool", pool, "--type", "process"]
     # a worker of its own for the sweep: it must run when all places are taken
-    start_with_parent(_run_sweeper, str(python), server, *start, "--name", f"{name} sweep", "--limit", "1", "--work-queue", "sweep", patience=15)
+    start_with_parent(
+        _run_sweeper,
+        str(python),
+        server,
+        *start,
+        "--name",
+        f"{name} sweep",
+        "--limit",
+        "1",
+        "--work-queue",
+        "sweep",
+        patience=15,
+    )
     _become(python, [*start, "--name", name, "--limit", str(jobs), "--work-queue", "train"], environment)
 
 # %% ../../nbs/11_cli/08_fleet.ipynb #8663b952
@@ -164,8 +206,12 @@ def fleet_train(ticket: Annotated[str, typer.Option(help="The engine's name of t
 @fleet_app.command("plan", epilog="Example: [bold]mkrich fleet plan BTC_USDT ETH_USDT[/]")
 def fleet_plan(
     pairs: Annotated[list[str] | None, typer.Argument(help="Pairs; or use --file.", metavar="[PAIR...]")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="YAML list of pairs. Default: MUR_HOME/pairs.yaml.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For the engine: {pairs, pretrain, tickets} on the standard input.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="YAML list of pairs. Default: MUR_HOME/pairs.yaml.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For the engine: {pairs, pretrain, tickets} on the standard input.")
+    ] = False,
 ) -> None:
     "The runs that the ledger misses now; closes what dead hosts left."
     from make_us_rich.schedule.plan import PlanFile, read_plan
@@ -173,7 +219,11 @@ def fleet_plan(
     if as_json:
         return _answer(_missing)
     settings = get_settings()
-    plan = read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml").plan
+    plan = (
+        read_plan("\n".join(f"- {pair}" for pair in pairs))
+        if pairs
+        else PlanFile(file or settings.home / "pairs.yaml").plan
+    )
     wanted = _missing({"plan": plan, "tickets": []})[0]["wanted"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "attempt", "why"):

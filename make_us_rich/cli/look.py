@@ -18,7 +18,16 @@ from rich.table import Table
 
 from ..core.settings import ForecastUnavailable, MakeUsRichError, get_settings, utc_iso
 from make_us_rich.cli.output import (
-    IntervalOption, OnePair, Pairs, SomePairs, app, new_console, report, say, show_progress, worst_code,
+    IntervalOption,
+    OnePair,
+    Pairs,
+    SomePairs,
+    app,
+    new_console,
+    report_path,
+    say,
+    show_progress,
+    worst_code,
 )
 from .train import train_and_tell
 
@@ -42,7 +51,10 @@ def forecast_table(forecasts: "list[Forecast]", width: int = 120) -> list[Table]
         table.add_row(*(escape(row.get(name, "none" if name == "median" else "")) for name in columns))
     notes = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
-        notes.add_row(f"[bold]{escape(row['pair'])}[/]", escape("; ".join(row[k] for k in ("no forecast", "as of", "model", "reliability", "source") if k in row)))
+        notes.add_row(
+            f"[bold]{escape(row['pair'])}[/]",
+            escape("; ".join(row[k] for k in ("no forecast", "as of", "model", "reliability", "source") if k in row)),
+        )
     return [table, notes]
 
 
@@ -55,13 +67,19 @@ def _card(row: dict[str, str]) -> Table:
     return table
 
 # %% ../../nbs/11_cli/03_look.ipynb #05350dad
-@app.command(epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | [bold]mkrich forecast --api http://127.0.0.1:8750[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich forecast BTC_USDT[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | [bold]mkrich forecast --api http://127.0.0.1:8750[/]"
+)
 def forecast(
     pairs: SomePairs = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list on the standard output.")] = False,
     interval: IntervalOption = "1h",
-    api: Annotated[str | None, typer.Option(help="Ask the API at this URL instead of computing here.", metavar="URL")] = None,
-    token: Annotated[str | None, typer.Option(envvar="MKRICH_TOKEN", help="Token for --api; without: that of local mode.")] = None,
+    api: Annotated[
+        str | None, typer.Option(help="Ask the API at this URL instead of computing here.", metavar="URL")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="MKRICH_TOKEN", help="Token for --api; without: that of local mode.")
+    ] = None,
 ) -> None:
     "Forecast the next hour: median, ranges, P(up), how old and how reliable."
     if api:
@@ -75,10 +93,16 @@ def forecast(
 
     settings = get_settings()
     wanted = [Pair.parse(p) for p in pairs or []]
-    models, candles, client = ModelStore(settings.store_url), CandleStore(settings.candles_dir), BinanceClient(settings.exchange_url)
+    models, candles, client = (
+        ModelStore(settings.store_url),
+        CandleStore(settings.candles_dir),
+        BinanceClient(settings.exchange_url),
+    )
     names = wanted or [Pair.parse(p) for p, i in served_pairs(models.pairs(), settings.candles_dir) if i == interval]
     if not names:
-        raise ForecastUnavailable("no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model")
+        raise ForecastUnavailable(
+            "no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model"
+        )
     loader = ModelLoader(models)
     _finish([forecast_pair(pair, interval, loader, candles, client) for pair in names], as_json)
 
@@ -117,14 +141,25 @@ def models(pair: Annotated[str | None, typer.Argument(help="A pair; without: all
     store = ModelStore(get_settings().store_url)
     chosen = [(p, i) for p, i in store.pairs() if pair is None or str(p) == str(Pair.parse(pair))]
     if not chosen:
-        raise ForecastUnavailable(f"no model of {Pair.parse(pair)} is published yet; train one with `mkrich train {Pair.parse(pair)}`" if pair else
-                                  "no model is published yet; train one with `mkrich train BTC_USDT`", "no_model")
+        raise ForecastUnavailable(
+            f"no model of {Pair.parse(pair)} is published yet; train one with `mkrich train {Pair.parse(pair)}`"
+            if pair
+            else "no model is published yet; train one with `mkrich train BTC_USDT`",
+            "no_model",
+        )
     for name, interval in chosen:
         new_console().print(_models_table(store, str(name), str(interval)), "")
 
 
 def _models_table(store: "ModelStore", pair: str, interval: str) -> Table:
-    table = Table(title=f"{pair} {interval}", title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=f"{pair} {interval}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for name in ("", "version", "recipe", "CRPS / base", "80 % held", "verdict"):
         table.add_column(name, justify="right" if name in ("CRPS / base", "80 % held") else "left", overflow="fold")
     for info in store.versions(pair, interval):
@@ -136,14 +171,20 @@ def _models_table(store: "ModelStore", pair: str, interval: str) -> Table:
         reasons: Any = m.verdict.get("reasons", [])
         verdict = "passed" if m.passed else "refused: " + "; ".join(reasons)
         numbers = (f"{own['crps/base']:.4f}", f"{own['cov80']:.1%}") if own else ("", "")
-        table.add_row(f"[green]{mark}[/]", info.version, escape(str(m.recipe.get("name", ""))), *numbers, escape(verdict))
+        table.add_row(
+            f"[green]{mark}[/]", info.version, escape(str(m.recipe.get("name", ""))), *numbers, escape(verdict)
+        )
     return table
 
 
-@app.command(epilog="Examples: [bold]mkrich rollback BTC_USDT[/] | [bold]mkrich rollback BTC_USDT --to 20231231T230000Z-0123456789ab[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich rollback BTC_USDT[/] | [bold]mkrich rollback BTC_USDT --to 20231231T230000Z-0123456789ab[/]"
+)
 def rollback(
     pair: OnePair,
-    to: Annotated[str | None, typer.Option(help="The version to serve; without: the champion before this one.", metavar="VERSION")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="The version to serve; without: the champion before this one.", metavar="VERSION")
+    ] = None,
     interval: IntervalOption = "1h",
 ) -> None:
     "Make an earlier version the champion again."
@@ -173,7 +214,13 @@ def candles(
     for pair in [Pair.parse(p) for p in pairs]:
         try:
             with show_progress(str(pair)) as show:
-                store.update(client, pair, step, rows=rows, progress=lambda done, of, show=show: show(f"{done:,} of {of:,} candles"))  # type: ignore[misc]
+                store.update(
+                    client,
+                    pair,
+                    step,
+                    rows=rows,
+                    progress=lambda done, of, show=show: show(f"{done:,} of {of:,} candles"),  # type: ignore[misc]
+                )
             new_console().print(store.info(pair, step), "")
             codes.append(0)
         except MakeUsRichError as e:
@@ -183,13 +230,21 @@ def candles(
         raise typer.Exit(code)
 
 
-@app.command(epilog="Examples: [bold]mkrich replay[/] | [bold]mkrich replay --file my.csv --pair ETH_USDT --speed 3600[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich replay[/] | [bold]mkrich replay --file my.csv --pair ETH_USDT --speed 3600[/]"
+)
 def replay(
-    file: Annotated[Path | None, typer.Option(help="Parquet or CSV file of candles; without: the embedded sample.")] = None,
-    pair: Annotated[str, typer.Option(help="The pair that the file holds, or that the sample is to serve.")] = "BTC_USDT",
+    file: Annotated[
+        Path | None, typer.Option(help="Parquet or CSV file of candles; without: the embedded sample.")
+    ] = None,
+    pair: Annotated[
+        str, typer.Option(help="The pair that the file holds, or that the sample is to serve.")
+    ] = "BTC_USDT",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8765,
     speed: Annotated[float, typer.Option(min=0, help="Seconds of exchange time per second; 0 stands still.")] = 1.0,
-    now: Annotated[str | None, typer.Option(help="Where the exchange's clock starts (ISO 8601, UTC); without: at the end.")] = None,
+    now: Annotated[
+        str | None, typer.Option(help="Where the exchange's clock starts (ISO 8601, UTC); without: at the end.")
+    ] = None,
     interval: IntervalOption = "1h",
 ) -> None:
     "Run an exchange that answers like Binance, over recorded candles, until Ctrl-C."
@@ -222,8 +277,12 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     for folder in (base.home / "demo", base.runs / "demo"):
         shutil.rmtree(folder, ignore_errors=True)
     with ReplayServer({name: frame}, label=SAMPLE_LABEL) as exchange:
-        settings = get_settings(home=base.home / "demo", runs=base.runs / "demo", exchange_url=exchange.url, models_url="")
-        say(f"A replay exchange over the {SAMPLE_LABEL} of {name} answers at {exchange.url}; its clock stands at {utc_iso(exchange.clock.now())}.")
+        settings = get_settings(
+            home=base.home / "demo", runs=base.runs / "demo", exchange_url=exchange.url, models_url=""
+        )
+        say(
+            f"A replay exchange over the {SAMPLE_LABEL} of {name} answers at {exchange.url}; its clock stands at {utc_iso(exchange.clock.now())}."
+        )
         outcome = train_and_tell(name, "1h", "default", {}, settings)
         if outcome.exit_code:
             raise typer.Exit(outcome.exit_code)
@@ -233,10 +292,13 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     _show_forecasts([shown])
     day = shown.target_open[:10]
     came = frame.loc[frame["timestamp"] == shown.target_open, "close"]
-    new_console().print(f"This is a {SAMPLE_LABEL}: real candles, but of {day}. Nothing here is about today." + _came(shown, came))
+    new_console().print(
+        f"This is a {SAMPLE_LABEL}: real candles, but of {day}. Nothing here is about today." + _came(shown, came)
+    )
     new_console().print(
         f"\nWhere to look next:\n  today's market           mkrich train {name} && mkrich forecast {name}\n"
-        f"  this machine             mkrich doctor\n  the report of this run   {escape(report(outcome))}", soft_wrap=True
+        f"  this machine             mkrich doctor\n  the report of this run   {escape(report_path(outcome))}",
+        soft_wrap=True,
     )
 
 

@@ -16,4 +16,7 @@ GROUPS = (train, look, doctor, serving, operating, research, up, fleet)  # impor
 # %% ../../nbs/11_cli/10_main.ipynb #4b9dea09
 def command_names() -> list[str]:
     "Names of all commands and groups."
-    return sorted([str(c.name or c.callback.__name__) for c in app.registered_commands if c.callback] + [str(g.name) for g in app.registered_groups])
+    return sorted(
+        [str(c.name or c.callback.__name__) for c in app.registered_commands if c.callback]
+        + [str(g.name) for g in app.registered_groups]
+    )

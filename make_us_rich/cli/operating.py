@@ -17,10 +17,18 @@ from .output import app, new_console, parse_overrides, say
 from .train import open_run_ledger, train_one
 
 # %% ../../nbs/11_cli/06_operating.ipynb #f9ae1753
-@app.command(epilog="Examples: [bold]mkrich schedule BTC_USDT ETH_USDT[/] | [bold]mkrich schedule --file pairs.yaml --jobs 2[/] | [bold]mkrich schedule --once[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich schedule BTC_USDT ETH_USDT[/] | [bold]mkrich schedule --file pairs.yaml --jobs 2[/] | [bold]mkrich schedule --once[/]"
+)
 def schedule(
-    pairs: Annotated[list[str] | None, typer.Argument(help="Pairs, each hourly with the recipe finetune; or use --file.", metavar="[PAIR...]")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="YAML list of pairs; read again when it changes. Default: MUR_HOME/pairs.yaml.")] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Pairs, each hourly with the recipe finetune; or use --file.", metavar="[PAIR...]"),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="YAML list of pairs; read again when it changes. Default: MUR_HOME/pairs.yaml."),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Do what is due now and end.")] = False,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Runs at once.")] = 2,
 ) -> None:
@@ -35,8 +43,12 @@ def schedule(
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever, run_once, schedule_table
 
     settings = get_settings()
-    plan = read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml")
-    work = Schedule(settings, plan, Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url))
+    plan = (
+        read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml")
+    )
+    work = Schedule(
+        settings, plan, Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url)
+    )
     console = new_console()
     if once:
         slots = run_once(work)
@@ -53,8 +65,17 @@ def schedule(
 # %% ../../nbs/11_cli/06_operating.ipynb #2aa714e5
 @app.command(epilog="Examples: [bold]mkrich pretrain[/] | [bold]mkrich pretrain BTC_USDT ETH_USDT SOL_USDT[/]")
 def pretrain(
-    pairs: Annotated[list[str] | None, typer.Argument(help="Pairs to fetch first; without: those that are stored. All that are stored take part.", metavar="[PAIR...]")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE")] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Pairs to fetch first; without: those that are stored. All that are stored take part.",
+            metavar="[PAIR...]",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
+    ] = None,
 ) -> None:
     "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it, the schedule does both."
     from make_us_rich.market.series import Pair
@@ -62,17 +83,31 @@ def pretrain(
     from make_us_rich.runs.train import run_pretraining
 
     names = [str(Pair.parse(pair)) for pair in pairs or []]
-    if code := train_one(str(POOLED), "1h", "pooled", parse_overrides(assignments or []), get_settings(), run=run_pretraining, pairs=names):
+    if code := train_one(
+        str(POOLED),
+        "1h",
+        "pooled",
+        parse_overrides(assignments or []),
+        get_settings(),
+        run=run_pretraining,
+        pairs=names,
+    ):
         raise typer.Exit(code)
 
 # %% ../../nbs/11_cli/06_operating.ipynb #91dd5d5a
-@app.command(epilog="Examples: [bold]mkrich runs[/] | [bold]mkrich runs BTC_USDT --state failed[/] | [bold]mkrich runs --show 17[/] | [bold]mkrich runs --follow 17[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich runs[/] | [bold]mkrich runs BTC_USDT --state failed[/] | [bold]mkrich runs --show 17[/] | [bold]mkrich runs --follow 17[/]"
+)
 def runs(
     pair: Annotated[str, typer.Argument(help="A pair; without: all.", metavar="[PAIR]")] = "",
     state: Annotated[str, typer.Option(help="published, refused, failed, skipped, abandoned or running.")] = "",
-    since: Annotated[float | None, typer.Option(help="Only runs that started in the last so many hours.", metavar="HOURS")] = None,
+    since: Annotated[
+        float | None, typer.Option(help="Only runs that started in the last so many hours.", metavar="HOURS")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
-    show: Annotated[str | None, typer.Option(help="All about one run: its number or the beginning of its id.", metavar="RUN")] = None,
+    show: Annotated[
+        str | None, typer.Option(help="All about one run: its number or the beginning of its id.", metavar="RUN")
+    ] = None,
     follow: Annotated[str | None, typer.Option(help="The log of a run, until it has ended.", metavar="RUN")] = None,
 ) -> None:
     "The run ledger: what ran, what became of it, and why."
@@ -97,14 +132,18 @@ alerts_app = typer.Typer(help="Alerts: where they go, and whether they arrive.",
 app.add_typer(alerts_app, name="alerts")
 
 
-@alerts_app.command("test", epilog="Set MUR_ALERT_URLS first, for example to tgram://TOKEN/CHAT or json://127.0.0.1:8000.")
+@alerts_app.command(
+    "test", epilog="Set MUR_ALERT_URLS first, for example to tgram://TOKEN/CHAT or json://127.0.0.1:8000."
+)
 def alerts_test() -> None:
     "Send a test message to every address of MUR_ALERT_URLS."
     from make_us_rich.schedule.alerts import send_test
 
     sent = send_test(get_settings().alert_urls)
     for number, (service, well) in enumerate(sent, 1):
-        new_console().print(f"address {number} ({service}): [{'green' if well else 'red'}]{'accepted' if well else 'not delivered'}[/]")
+        new_console().print(
+            f"address {number} ({service}): [{'green' if well else 'red'}]{'accepted' if well else 'not delivered'}[/]"
+        )
     if not all(well for _, well in sent):
         raise typer.Exit(1)
 
@@ -123,11 +162,15 @@ def sync_wandb_command() -> None:
         raise typer.Exit(1)
 
 # %% ../../nbs/11_cli/06_operating.ipynb #a45bdad7
-@app.command(epilog="Examples: [bold]mkrich dashboard[/] | [bold]mkrich dashboard --port 9000 --api http://127.0.0.1:8750[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich dashboard[/] | [bold]mkrich dashboard --port 9000 --api http://127.0.0.1:8750[/]"
+)
 def dashboard(
     api: Annotated[str, typer.Option(help="URL of the API; without: MUR_HOST and MUR_PORT.", metavar="URL")] = "",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 8866,
-    viewers: Annotated[int, typer.Option(min=1, max=100, help="Most viewers at once; each has a kernel of about 130 MB.")] = 8,
+    viewers: Annotated[
+        int, typer.Option(min=1, max=100, help="Most viewers at once; each has a kernel of about 130 MB.")
+    ] = 8,
 ) -> None:
     "Show the forecasts and their record in the browser, until Ctrl-C; needs `mkrich serve`."
     from make_us_rich.dashboard.server import run_dashboard

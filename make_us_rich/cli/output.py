@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES_HELP', 'app', 'SEVERITY', 'Pairs', 'OnePair', 'SomePairs', 'IntervalOption', 'new_console', 'say',
-           'show_progress', 'installed_version', 'main', 'sentence_of', 'worst_code', 'parse_overrides', 'report']
+           'show_progress', 'installed_version', 'main', 'sentence_of', 'worst_code', 'parse_overrides', 'report_path']
 
 # %% ../../nbs/11_cli/01_output.ipynb #e6adbef8
 import os
@@ -59,7 +59,11 @@ def show_progress(prefix: str) -> Iterator[Callable[[str], None]]:
 
 # %% ../../nbs/11_cli/01_output.ipynb #d07b8a24
 app = typer.Typer(
-    name="mkrich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="mkrich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="Honest next-hour price ranges for crypto pairs.\n\nStart here: [bold]mkrich demo[/] shows the whole road, offline, in about a minute.",
     epilog=EXIT_CODES_HELP,
 )
@@ -81,7 +85,9 @@ def installed_version(name: str) -> str:
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    show_version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
@@ -133,10 +139,14 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 # %% ../../nbs/11_cli/01_output.ipynb #c593ede2
 Pairs = Annotated[list[str], typer.Argument(help="One or more pairs, such as BTC_USDT or eth/usdt.", metavar="PAIR...")]
 OnePair = Annotated[str, typer.Argument(help="A pair, such as BTC_USDT or eth/usdt.", metavar="PAIR")]
-SomePairs = Annotated[list[str] | None, typer.Argument(help="Pairs; without any: all that have a model.", metavar="[PAIR...]")]
+SomePairs = Annotated[
+    list[str] | None, typer.Argument(help="Pairs; without any: all that have a model.", metavar="[PAIR...]")
+]
 IntervalOption = Annotated[str, typer.Option("--interval", help="Length of a candle, by the exchange's name.")]
 
 # %% ../../nbs/11_cli/01_output.ipynb #cd8ed9d5
-def report(outcome: "Outcome") -> str:
+def report_path(outcome: "Outcome") -> str:
     "Where a person reads about this run: the page, else the executed notebook; empty if the run left neither."
-    return next((str(Path(path).absolute()) for path in (outcome.page, outcome.notebook) if path and Path(path).exists()), "")
+    return next(
+        (str(Path(path).absolute()) for path in (outcome.page, outcome.notebook) if path and Path(path).exists()), ""
+    )

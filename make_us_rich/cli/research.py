@@ -22,15 +22,25 @@ if TYPE_CHECKING:
     from make_us_rich.runs.run import Execution
 
 # %% ../../nbs/11_cli/07_research.ipynb #7c5311ff
-CandleFile = Annotated[Path | None, typer.Option("--file", help="Parquet or CSV file of candles instead of the stored ones.", exists=True, dir_okay=False)]
+CandleFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="Parquet or CSV file of candles instead of the stored ones.", exists=True, dir_okay=False
+    ),
+]
 
 
-SampleFlag = Annotated[bool, typer.Option("--sample", help="The embedded historical sample instead of the stored candles.")]
+SampleFlag = Annotated[
+    bool, typer.Option("--sample", help="The embedded historical sample instead of the stored candles.")
+]
 
 
 def _candles_of(file: Path | None, sample: bool, settings: Settings) -> dict[str, str]:
     "Where `backtest_candles` finds them: plain texts, as the notebook's parameters want them."
-    return {"candles_dir": "" if sample or file else str(settings.candles_dir.absolute()), "file": str(file.absolute()) if file else ""}
+    return {
+        "candles_dir": "" if sample or file else str(settings.candles_dir.absolute()),
+        "file": str(file.absolute()) if file else "",
+    }
 
 
 def _number(value: Any, digits: int) -> str:
@@ -65,13 +75,24 @@ def _bar(prefix: str) -> Iterator[Callable[[int, int, str], None]]:
     "A function of (done, of, what): a bar on a terminal, a line for each step elsewhere."
     console = new_console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, of, what: say(f"{prefix}: {min(done + 1, of)} of {of}, {what}" if done < of else f"{prefix}: {what}")
+        yield lambda done, of, what: say(
+            f"{prefix}: {min(done + 1, of)} of {of}, {what}" if done < of else f"{prefix}: {what}"
+        )
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bars:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bars:
         task = bars.add_task(escape(prefix))
-        yield lambda done, of, what: bars.update(task, completed=done, total=of, description=escape(f"{prefix}: {what}"))
+        yield lambda done, of, what: bars.update(
+            task, completed=done, total=of, description=escape(f"{prefix}: {what}")
+        )
 
 # %% ../../nbs/11_cli/07_research.ipynb #6e09e71a
 def _report_path(folder: Path, issued: Any, models: list[str]) -> Path:
@@ -98,15 +119,33 @@ def _walk(values: dict[str, Any], folder: Path, settings: Settings) -> "tuple[An
     from make_us_rich.runs.run import find_notebook
     from make_us_rich.runs.runner import run_notebook
 
-    pair, interval, models, source = values["pair"], values["interval"], values["models"], {k: values[k] for k in ("candles_dir", "file")}
+    pair, interval, models, source = (
+        values["pair"],
+        values["interval"],
+        values["models"],
+        {k: values[k] for k in ("candles_dir", "file")},
+    )
     frame = backtest_candles(pair, interval, **source)
     with _bar(f"{pair} backtest") as show:
         pool = backtest_pool(models, frame, pair, interval, **source)
-        report = walk(frame, models, values["since"], values["until"], values["refit_every"], interval, values["out"], show, pair=pair, pool=pool)
+        report = walk(
+            frame,
+            models,
+            values["since"],
+            values["until"],
+            values["refit_every"],
+            interval,
+            values["out"],
+            show,
+            pair=pair,
+            pool=pool,
+        )
         notebook = _report_path(folder, report.issued, list(report.forecasts))
         blocks = len(report.forecasts) * len(report.blocks)
         show(blocks, blocks, "writing the report")
-        end = run_notebook(find_notebook("run_backtest.ipynb"), notebook, values, deadline=settings.deadline, threads=settings.threads)
+        end = run_notebook(
+            find_notebook("run_backtest.ipynb"), notebook, values, deadline=settings.deadline, threads=settings.threads
+        )
     return report, notebook, end
 
 
@@ -128,7 +167,9 @@ def backtest(
     pair: OnePair,
     since: Annotated[str, typer.Option(help="First issue time, UTC; without: 21 days before the end.")] = "",
     until: Annotated[str, typer.Option(help="Last issue time, UTC; without: the newest candle.")] = "",
-    models: Annotated[str, typer.Option(help="Names with commas: lstm, pooled, finetune, original, and the peers of the library.")] = "HAR-t,EWMA-range",
+    models: Annotated[
+        str, typer.Option(help="Names with commas: lstm, pooled, finetune, original, and the peers of the library.")
+    ] = "HAR-t,EWMA-range",
     refit_every: Annotated[str, typer.Option(help="Time between two refits.")] = "7D",
     file: CandleFile = None,
     sample: SampleFlag = False,
@@ -139,8 +180,16 @@ def backtest(
 
     settings, name = get_settings(), str(Pair.parse(pair))
     folder = (settings.runs / "backtests" / name / interval).absolute()
-    values = {"pair": name, "interval": interval, "models": [text.strip() for text in models.split(",") if text.strip()], "since": since, "until": until,
-              "refit_every": refit_every, "out": str(folder / "forecasts"), **_candles_of(file, sample, settings)}
+    values = {
+        "pair": name,
+        "interval": interval,
+        "models": [text.strip() for text in models.split(",") if text.strip()],
+        "since": since,
+        "until": until,
+        "refit_every": refit_every,
+        "out": str(folder / "forecasts"),
+        **_candles_of(file, sample, settings),
+    }
     try:
         report, notebook, end = _walk(values, folder, settings)
     except KeyboardInterrupt:
@@ -153,10 +202,14 @@ def backtest(
     new_console().print(f"report: {escape(str(_page(notebook, settings)))}", soft_wrap=True)
 
 # %% ../../nbs/11_cli/07_research.ipynb #49805ad2
-@app.command(epilog="Examples: [bold]mkrich gate BTC_USDT[/] | [bold]mkrich gate BTC_USDT --version 20231231T230000Z-0123456789ab[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich gate BTC_USDT[/] | [bold]mkrich gate BTC_USDT --version 20231231T230000Z-0123456789ab[/]"
+)
 def gate(
     pair: OnePair,
-    version: Annotated[str | None, typer.Option(help="The version to judge; without: the champion.", metavar="VERSION")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="The version to judge; without: the champion.", metavar="VERSION")
+    ] = None,
     interval: IntervalOption = "1h",
 ) -> None:
     "Judge a stored version again on the newest hours that it has not learned from. Exit code 4 if it does not pass."
@@ -166,7 +219,11 @@ def gate(
     from make_us_rich.registry.rejudge import regate
 
     settings, now = get_settings(), None
-    store, candles, client = ModelReader(settings.store_url), CandleStore(settings.candles_dir), BinanceClient(settings.exchange_url)
+    store, candles, client = (
+        ModelReader(settings.store_url),
+        CandleStore(settings.candles_dir),
+        BinanceClient(settings.exchange_url),
+    )
     try:
         if version or store.champion(pair, interval):  # without a model there is nothing to fetch candles for
             candles.update(client, pair, interval)
@@ -174,18 +231,30 @@ def gate(
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")
     judged = regate(store, candles, pair, interval, version, now)
-    new_console().print(_verdict_table(judged.verdict), "", _frame_table(judged.scores.table[["n", "crps/base", "dm_t", "hit", "cov80"]]), "")
+    new_console().print(
+        _verdict_table(judged.verdict),
+        "",
+        _frame_table(judged.scores.table[["n", "crps/base", "dm_t", "hit", "cov80"]]),
+        "",
+    )
     if not judged.verdict.passed:
         raise GateRefused(judged.sentence)
     new_console().print(escape(judged.sentence), soft_wrap=True)
 
 # %% ../../nbs/11_cli/07_research.ipynb #1f308a62
-@app.command(epilog="Examples: [bold]mkrich leaktest BTC_USDT --quick --sample[/] | [bold]mkrich leaktest BTC_USDT --recipe mine.yaml[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich leaktest BTC_USDT --quick --sample[/] | [bold]mkrich leaktest BTC_USDT --recipe mine.yaml[/]"
+)
 def leaktest(
     pair: OnePair,
     recipe: Annotated[str, typer.Option(help="'default' or the path of a YAML file.")] = "default",
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The newest 4,000 candles and 80 steps: seconds instead of a minute.")] = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The newest 4,000 candles and 80 steps: seconds instead of a minute.")
+    ] = False,
     file: CandleFile = None,
     sample: SampleFlag = False,
     interval: IntervalOption = "1h",

@@ -69,17 +69,25 @@ def _plain_table(*columns: str) -> Table:
     return table
 
 # %% ../../nbs/11_cli/05_serving.ipynb #2801d629
-@users_app.command("add", epilog="Examples: [bold]mkrich users add ann[/] | [bold]mkrich users add bob --admin --password[/]")
+@users_app.command(
+    "add", epilog="Examples: [bold]mkrich users add ann[/] | [bold]mkrich users add bob --admin --password[/]"
+)
 def add(
     name: UserName,
     admin: Annotated[bool, typer.Option("--admin", help="May also manage users and models.")] = False,
-    password: Annotated[bool, typer.Option("--password", help="Ask for a password; without it only tokens let the user in.")] = False,
+    password: Annotated[
+        bool, typer.Option("--password", help="Ask for a password; without it only tokens let the user in.")
+    ] = False,
     calls: Annotated[int | None, typer.Option(help="Calls a month; without: MUR_MONTHLY_CALLS.")] = None,
 ) -> None:
     "Add a user."
     from make_us_rich.api.accounts import add_user
 
-    secret = typer.prompt("Password (12 characters or more)", hide_input=True, confirmation_prompt=True, err=True) if password else None
+    secret = (
+        typer.prompt("Password (12 characters or more)", hide_input=True, confirmation_prompt=True, err=True)
+        if password
+        else None
+    )
     with _database() as s:
         add_user(s, name, system_clock(), password=secret, role="admin" if admin else "member", monthly_calls=calls)
     say(f"{name} is known now; next: mkrich tokens create {name}")
@@ -95,7 +103,13 @@ def list_all() -> None:
         for user in list_users(s):
             allowance = usage(s, user, get_settings().monthly_calls, now)
             state = "disabled" if user.disabled else "active"
-            table.add_row(escape(user.name), user.role, state, f"{allowance.used:,} of {allowance.limit:,}", utc_iso(user.created_at))
+            table.add_row(
+                escape(user.name),
+                user.role,
+                state,
+                f"{allowance.used:,} of {allowance.limit:,}",
+                utc_iso(user.created_at),
+            )
     new_console().print(table)
 
 # %% ../../nbs/11_cli/05_serving.ipynb #4c4676e6
@@ -119,7 +133,10 @@ def _switch(name: str, disabled: bool) -> None:
     say(f"{name} is {'disabled' if disabled else 'active'} now")
 
 # %% ../../nbs/11_cli/05_serving.ipynb #cf1b6eaf
-@tokens_app.command("create", epilog="Examples: [bold]mkrich tokens create ann[/] | [bold]TOKEN=$(mkrich tokens create ann --name phone --days 90)[/]")
+@tokens_app.command(
+    "create",
+    epilog="Examples: [bold]mkrich tokens create ann[/] | [bold]TOKEN=$(mkrich tokens create ann --name phone --days 90)[/]",
+)
 def create(
     user: UserName,
     name: Annotated[str, typer.Option(help="What the token is for.")] = "cli",
@@ -132,14 +149,18 @@ def create(
 
     now = system_clock()
     with _database() as s:
-        raw, token = create_token(s, get_user(s, user), name, now, expires=now + pd.Timedelta(days=days) if days else None)
+        raw, token = create_token(
+            s, get_user(s, user), name, now, expires=now + pd.Timedelta(days=days) if days else None
+        )
         number = token.id
     say(f"token {number} of {user}, shown this once; send it as: Authorization: Bearer TOKEN")
     print(raw)
 
 
 @tokens_app.command("list", epilog="Examples: [bold]mkrich tokens list[/] | [bold]mkrich tokens list ann[/]")
-def list_keys(user: Annotated[str | None, typer.Argument(help="A user; without: all.", metavar="[NAME]")] = None) -> None:
+def list_keys(
+    user: Annotated[str | None, typer.Argument(help="A user; without: all.", metavar="[NAME]")] = None,
+) -> None:
     "List tokens by their first characters."
     from make_us_rich.api.accounts import get_user, list_tokens, list_users
 
@@ -148,7 +169,14 @@ def list_keys(user: Annotated[str | None, typer.Argument(help="A user; without: 
         names = {u.id: u.name for u in list_users(s)}
         for t in list_tokens(s, get_user(s, user) if user else None):
             dates = [utc_iso(d) if d is not None else "never" for d in (t.created_at, t.expires_at, t.last_used_at)]
-            table.add_row(str(t.id), escape(names[t.user_id]), escape(t.name), escape(t.prefix), *dates, "revoked" if t.revoked_at else "valid")
+            table.add_row(
+                str(t.id),
+                escape(names[t.user_id]),
+                escape(t.name),
+                escape(t.prefix),
+                *dates,
+                "revoked" if t.revoked_at else "valid",
+            )
     new_console().print(table)
 
 
@@ -165,9 +193,13 @@ def revoke(number: Annotated[int, typer.Argument(help="Number of the token, see 
 def _ledger_pairs(ledger: Any, pairs: list[str] | None, interval: str) -> list[str]:
     from make_us_rich.market.series import Pair
 
-    names = [str(Pair.parse(p)) for p in pairs or []] or sorted({r.pair for r in ledger.rows(None, interval, limit=10_000)})
+    names = [str(Pair.parse(p)) for p in pairs or []] or sorted(
+        {r.pair for r in ledger.rows(None, interval, limit=10_000)}
+    )
     if not names:
-        raise ForecastUnavailable("no forecast is on record yet; they are written down while `mkrich serve` runs", "no_record")
+        raise ForecastUnavailable(
+            "no forecast is on record yet; they are written down while `mkrich serve` runs", "no_record"
+        )
     return names
 
 
@@ -197,4 +229,6 @@ def verify(pairs: SomePairs = None, interval: IntervalOption = "1h") -> None:
     migrate(engine)
     ledger = Ledger(engine)
     for pair in _ledger_pairs(ledger, pairs, interval):
-        new_console().print(ledger.verify(pair, ModelStore(settings.store_url), CandleStore(settings.candles_dir), interval))
+        new_console().print(
+            ledger.verify(pair, ModelStore(settings.store_url), CandleStore(settings.candles_dir), interval)
+        )

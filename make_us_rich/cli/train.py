@@ -13,7 +13,15 @@ from rich.markup import escape
 
 from ..core.settings import MakeUsRichError, Settings, get_settings
 from make_us_rich.cli.output import (
-    IntervalOption, Pairs, app, new_console, parse_overrides, report, say, show_progress, worst_code,
+    IntervalOption,
+    Pairs,
+    app,
+    new_console,
+    parse_overrides,
+    report_path,
+    say,
+    show_progress,
+    worst_code,
 )
 
 if TYPE_CHECKING:
@@ -21,11 +29,16 @@ if TYPE_CHECKING:
     from make_us_rich.runs.run import Outcome
 
 # %% ../../nbs/11_cli/02_train.ipynb #16b796d0
-@app.command(epilog="Examples: [bold]mkrich train BTC_USDT ETH_USDT[/] | [bold]mkrich train SOL_USDT --set members=1 --deadline 300[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich train BTC_USDT ETH_USDT[/] | [bold]mkrich train SOL_USDT --set members=1 --deadline 300[/]"
+)
 def train(
     pairs: Pairs,
     recipe: Annotated[str, typer.Option(help="'default', 'original' or the path of a YAML file.")] = "default",
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
+    ] = None,
     history_days: Annotated[int | None, typer.Option(help="Days of candles to train on (MUR_HISTORY_DAYS).")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds that one run may take (MUR_DEADLINE).")] = None,
     interval: IntervalOption = "1h",
@@ -38,7 +51,9 @@ def train(
         raise typer.Exit(code)
 
 
-def train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any) -> int:
+def train_one(
+    pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any
+) -> int:
     "The exit code of one training; an error is said and stops no other pair."
     try:
         return train_and_tell(pair, interval, recipe, overrides, settings, **options).exit_code
@@ -47,11 +62,17 @@ def train_one(pair: str, interval: str, recipe: str, overrides: dict[str, Any], 
         return e.exit_code
 
 
-def train_and_tell(pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any) -> "Outcome":
+def train_and_tell(
+    pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any
+) -> "Outcome":
     from make_us_rich.market.series import Interval, Pair
     from make_us_rich.models.recipe import load_recipe
 
-    name, _, _ = Pair.parse(pair), Interval.parse(interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
+    name, _, _ = (
+        Pair.parse(pair),
+        Interval.parse(interval),
+        load_recipe(recipe, **overrides),
+    )  # wrong input leaves no trace
     from make_us_rich.runs.evidence import keep_page, warm_up
     from make_us_rich.runs.train import run_recorded
 
@@ -59,8 +80,16 @@ def train_and_tell(pair: str, interval: str, recipe: str, overrides: dict[str, A
         show("fetching candles")
         warm_up()
         outcome = run_recorded(
-            str(name), interval=interval, recipe=recipe, parameters={"overrides": overrides}, settings=settings, ledger=open_run_ledger(settings), again=True,
-            on_wait=show, on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"), **options,
+            str(name),
+            interval=interval,
+            recipe=recipe,
+            parameters={"overrides": overrides},
+            settings=settings,
+            ledger=open_run_ledger(settings),
+            again=True,
+            on_wait=show,
+            on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"),
+            **options,
         )
         outcome = keep_page(outcome, settings)
     if outcome.state == "failed" and not outcome.notebook:  # nothing was started
@@ -82,7 +111,9 @@ def open_run_ledger(settings: Settings) -> "RunLedger":
 
 def outcome_lines(outcome: "Outcome") -> str:
     colour = {"published": "green", "skipped": "green", "refused": "yellow"}.get(outcome.state, "red")
-    lines = [f"[bold]{outcome.pair}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"]
+    lines = [
+        f"[bold]{outcome.pair}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"
+    ]
     lines += [escape(f"  {outcome.reason}")] if outcome.reason else []
-    report = report(outcome)
+    report = report_path(outcome)
     return "\n".join(lines + ([escape(f"  report: {report}")] if report else []))

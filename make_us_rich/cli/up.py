@@ -24,11 +24,24 @@ from filelock import FileLock, Timeout
 from rich.live import Live
 
 from make_us_rich.core.settings import (
-    Clock, MakeUsRichError, Settings, SettingsError, get_settings, system_clock, utc_iso,
+    Clock,
+    MakeUsRichError,
+    Settings,
+    SettingsError,
+    get_settings,
+    system_clock,
+    utc_iso,
 )
 from ..core.processes import start_with_parent
 from make_us_rich.core.supervisor import (
-    Caretaker, Part, PartFailed, check_port, end_part, free_port, how_it_ended, parts_table,
+    Caretaker,
+    Part,
+    PartFailed,
+    check_port,
+    end_part,
+    free_port,
+    how_it_ended,
+    parts_table,
 )
 from .output import app, new_console, say, show_progress, worst_code
 from .train import outcome_lines
@@ -50,7 +63,9 @@ def _be_a_part() -> None:
         sys.exit(e.exit_code)
 
 
-def begin_part(role: str, settings: Settings, to_terminal: bool = False, **order: Any) -> Callable[[Part], subprocess.Popen[bytes]]:
+def begin_part(
+    role: str, settings: Settings, to_terminal: bool = False, **order: Any
+) -> Callable[[Part], subprocess.Popen[bytes]]:
     "A way to start a part: a role, its settings, and what else it must know; `to_terminal` shows what it says instead of logging it."
 
     def begin(part: Part) -> subprocess.Popen[bytes]:
@@ -60,7 +75,9 @@ def begin_part(role: str, settings: Settings, to_terminal: bool = False, **order
             process = start_with_parent(_be_a_part, patience=15, stdin=subprocess.PIPE, stdout=out, stderr=error)
         assert process.stdin is not None
         with process.stdin as orders:
-            orders.write(json.dumps({"role": role, "settings": settings.model_dump(mode="json"), **order}).encode() + b"\n")
+            orders.write(
+                json.dumps({"role": role, "settings": settings.model_dump(mode="json"), **order}).encode() + b"\n"
+            )
         return process
 
     return begin
@@ -82,7 +99,9 @@ def demo_start(settings: Settings) -> pd.Timestamp:
     store, starts = CandleStore(settings.candles_dir), [DEMO_START]
     for pair in DEMO_PAIRS:
         try:
-            starts.append(store.read(pair, "1h", rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s"))
+            starts.append(
+                store.read(pair, "1h", rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s")
+            )
         except MakeUsRichError:
             continue  # nothing fetched yet
     return max(starts)
@@ -102,7 +121,9 @@ def _exchange(order: dict[str, Any], settings: Settings) -> int:
 
     frames = {pair: load_sample(pair) for pair in DEMO_PAIRS}
     end, start = demo_end(), demo_start(settings)
-    with ReplayServer(frames, now=min(start, end), speed=order["speed"], label=SAMPLE_LABEL, port=order["port"]) as exchange:
+    with ReplayServer(
+        frames, now=min(start, end), speed=order["speed"], label=SAMPLE_LABEL, port=order["port"]
+    ) as exchange:
         while True:
             if exchange.clock.now() >= end and exchange.clock.speed:
                 exchange.clock.set(end, 0.0)
@@ -129,7 +150,9 @@ def _api(order: dict[str, Any], settings: Settings) -> int:
     prepare_users(engine, settings, system_clock())
     application = create_app(Service(settings, engine=engine, clock=fast_clock(order["speed"])), engine, settings)
     with listening_socket(settings) as door:
-        config = uvicorn.Config(application, log_config=None, access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=3)
+        config = uvicorn.Config(
+            application, log_config=None, access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=3
+        )
         uvicorn.Server(config).run(sockets=[door])
     return 0
 
@@ -142,7 +165,9 @@ def _schedule(order: dict[str, Any], settings: Settings) -> int:
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever
 
     plan = PlanFile(Path(order["file"])) if order["file"] else read_plan(order["plan"])
-    options = Options(jobs=order["jobs"], alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url, speed=order["speed"])
+    options = Options(
+        jobs=order["jobs"], alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url, speed=order["speed"]
+    )
     run_forever(Schedule(settings, plan, options), wait=2)
     return 0
 
@@ -161,8 +186,15 @@ def _train(order: dict[str, Any], settings: Settings, run: Callable[..., Any] | 
         with show_progress(entry.pair) as show:
             show("fetching candles")
             outcome = run_recorded(
-                entry.pair, settings=settings, ledger=RunLedger(engine), interval=entry.interval, recipe=entry.recipe,
-                parameters={"overrides": entry.overrides} | more, again=True, on_wait=show, run=run,
+                entry.pair,
+                settings=settings,
+                ledger=RunLedger(engine),
+                interval=entry.interval,
+                recipe=entry.recipe,
+                parameters={"overrides": entry.overrides} | more,
+                again=True,
+                on_wait=show,
+                run=run,
                 on_progress=lambda cell, of, title, show=show: show(f"cell {cell} of {of}: {title}"),
             )
         new_console(stderr=True).print(outcome_lines(outcome), soft_wrap=True)
@@ -170,7 +202,12 @@ def _train(order: dict[str, Any], settings: Settings, run: Callable[..., Any] | 
     return worst_code(codes)
 
 
-ROLES: dict[str, Callable[[dict[str, Any], Settings], int]] = {"exchange": _exchange, "api": _api, "schedule": _schedule, "train": _train}
+ROLES: dict[str, Callable[[dict[str, Any], Settings], int]] = {
+    "exchange": _exchange,
+    "api": _api,
+    "schedule": _schedule,
+    "train": _train,
+}
 
 # %% ../../nbs/11_cli/09_up.ipynb #96e6cb47
 @dataclass(frozen=True)
@@ -198,11 +235,20 @@ def settings_of(wishes: Wishes) -> Settings:
     check_port("page", wishes.port, "--port")
     check_port("API", wishes.api_port, "--api-port")
     if wishes.port == wishes.api_port:
-        raise SettingsError(f"the page and the API cannot share the port {wishes.port}; choose another one with --api-port")
+        raise SettingsError(
+            f"the page and the API cannot share the port {wishes.port}; choose another one with --api-port"
+        )
     base, here = get_settings(), {"host": "127.0.0.1", "port": wishes.api_port, "workers": 1}
     if not wishes.demo:
         return get_settings(home=base.home.absolute(), runs=base.runs.absolute(), **here)
-    own = {"home": (base.home / "up-demo").absolute(), "runs": (base.runs / "up-demo").absolute(), "models_url": "", "candles_url": "", "database_url": "", "monthly_calls": 1_000_000}
+    own = {
+        "home": (base.home / "up-demo").absolute(),
+        "runs": (base.runs / "up-demo").absolute(),
+        "models_url": "",
+        "candles_url": "",
+        "database_url": "",
+        "monthly_calls": 1_000_000,
+    }
     fast = {"poll_seconds": min(3600.0, 20 * speed_of(wishes)), "exchange_url": f"http://127.0.0.1:{free_port()}"}
     return get_settings(**here, **own, **fast, alert_urls="", heartbeat_url="")
 
@@ -231,7 +277,11 @@ def _with_model(settings: Settings) -> list[str]:
     from make_us_rich.registry.store import ModelStore
     from make_us_rich.market.series import POOLED
 
-    return [str(pair) for pair, interval in ModelStore(settings.store_url).pairs() if str(interval) == "1h" and pair != POOLED]
+    return [
+        str(pair)
+        for pair, interval in ModelStore(settings.store_url).pairs()
+        if str(interval) == "1h" and pair != POOLED
+    ]
 
 
 def untrained(plan: str, settings: Settings) -> list["Entry"]:
@@ -239,7 +289,11 @@ def untrained(plan: str, settings: Settings) -> list["Entry"]:
     from make_us_rich.schedule.plan import read_plan
 
     known, entries = _with_model(settings), list(read_plan(plan).entries.values())
-    return [e for i, e in enumerate(entries) if e.pair not in known and e.pair not in [earlier.pair for earlier in entries[:i]]]
+    return [
+        e
+        for i, e in enumerate(entries)
+        if e.pair not in known and e.pair not in [earlier.pair for earlier in entries[:i]]
+    ]
 
 # %% ../../nbs/11_cli/09_up.ipynb #c68cbc5e
 def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[Part, Callable[[], str]]:
@@ -255,22 +309,48 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[Part, Call
         part.finish, address[0] = running.stop, running.address
         return running.process
 
-    return Part("dashboard", begin, log, f"http://127.0.0.1:{port}/voila/none", "at the address above"), lambda: address[0]
+    return Part(
+        "dashboard", begin, log, f"http://127.0.0.1:{port}/voila/none", "at the address above"
+    ), lambda: address[0]
 
 
 def make_parts(wishes: Wishes, settings: Settings, plan: str, file: str) -> tuple[list[Part], Callable[[], str]]:
     "All parts in the order of their start, and the function that gives the address."
     speed, logs = speed_of(wishes), settings.home / "logs"
-    exchange = begin_part("exchange", settings, speed=speed, port=int(settings.exchange_url.rpartition(":")[2])) if wishes.demo else None
+    exchange = (
+        begin_part("exchange", settings, speed=speed, port=int(settings.exchange_url.rpartition(":")[2]))
+        if wishes.demo
+        else None
+    )
     page, address = dashboard_part(settings, wishes.port, logs / "dashboard.log")
     api, note = f"http://127.0.0.1:{settings.port}", f"what it did: MUR_HOME={settings.home} mkrich runs"
     parts = [
-        Part("API", begin_part("api", settings, speed=speed), logs / "api.log", f"{api}/healthz", f"described at {api}/docs"),
-        Part("schedule", begin_part("schedule", settings, plan=plan, file=file, jobs=wishes.jobs, speed=speed), logs / "schedule.log", note=note),
+        Part(
+            "API",
+            begin_part("api", settings, speed=speed),
+            logs / "api.log",
+            f"{api}/healthz",
+            f"described at {api}/docs",
+        ),
+        Part(
+            "schedule",
+            begin_part("schedule", settings, plan=plan, file=file, jobs=wishes.jobs, speed=speed),
+            logs / "schedule.log",
+            note=note,
+        ),
         page,
     ]
     if exchange:
-        parts.insert(0, Part("exchange", exchange, logs / "exchange.log", f"{settings.exchange_url}/replay", f"a replay, {speed:g} times as fast as life"))
+        parts.insert(
+            0,
+            Part(
+                "exchange",
+                exchange,
+                logs / "exchange.log",
+                f"{settings.exchange_url}/replay",
+                f"a replay, {speed:g} times as fast as life",
+            ),
+        )
     return parts, address
 
 # %% ../../nbs/11_cli/09_up.ipynb #c2f83786
@@ -283,7 +363,9 @@ def run_up(wishes: Wishes) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise SettingsError(f"another `mkrich up` runs on {settings.home}; use its address, or set MUR_HOME to another folder", "busy") from None
+        raise SettingsError(
+            f"another `mkrich up` runs on {settings.home}; use its address, or set MUR_HOME to another folder", "busy"
+        ) from None
     parts, address = make_parts(wishes, settings, plan, file)
     care = Caretaker(parts, say)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -292,7 +374,11 @@ def run_up(wishes: Wishes) -> None:
         _start_all(care, wishes, settings, untrained(plan, settings))
         if not care.stopping.is_set():
             print(address(), flush=True)
-            say("the address above opens the page, logged in; keep it to yourself. Stop with Ctrl-C." if "token=" in address() else "the address above opens the page. Stop with Ctrl-C.")
+            say(
+                "the address above opens the page, logged in; keep it to yourself. Stop with Ctrl-C."
+                if "token=" in address()
+                else "the address above opens the page. Stop with Ctrl-C."
+            )
             _watch(care)
     finally:
         say("stopping")
@@ -306,7 +392,9 @@ def _start_all(care: Caretaker, wishes: Wishes, settings: Settings, new: list["E
         told = f"The exchange is a replay of the historical sample, {speed_of(wishes):g} times as fast as life"
         say(f"{told}; its clock stands at {utc_iso(demo_start(settings))}. Nothing here is about today.")
         if demo_start(settings) > demo_end() - pd.Timedelta("1h"):  # no candle closes any more
-            say(f"The replay has been played to its end, so nothing new will come; remove {settings.home} to see it again from the beginning.")
+            say(
+                f"The replay has been played to its end, so nothing new will come; remove {settings.home} to see it again from the beginning."
+            )
     if new and not care.stopping.is_set():
         say(f"No model of {', '.join(e.pair for e in new)} yet: each is trained once, which takes about a minute.")
         work = begin_part("train", settings, to_terminal=True, entries=[e.model_dump() for e in new])
@@ -328,7 +416,9 @@ def _train_first(care: Caretaker, training: Part) -> None:
     finally:
         end_part(training)
     if not care.stopping.is_set() and code not in (0, 4):
-        raise PartFailed(f"the first training has failed ({how_it_ended(code)}), see above; try again, or look at `mkrich up --demo`, which needs no network")
+        raise PartFailed(
+            f"the first training has failed ({how_it_ended(code)}), see above; try again, or look at `mkrich up --demo`, which needs no network"
+        )
 
 
 def _watch(care: Caretaker) -> None:
@@ -342,14 +432,28 @@ def _watch(care: Caretaker) -> None:
             care.look()
 
 # %% ../../nbs/11_cli/09_up.ipynb #a19b69dd
-@app.command(epilog="Examples: [bold]mkrich up --demo[/] | [bold]mkrich up BTC_USDT ETH_USDT[/] | [bold]mkrich up --file pairs.yaml --port 9000[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich up --demo[/] | [bold]mkrich up BTC_USDT ETH_USDT[/] | [bold]mkrich up --file pairs.yaml --port 9000[/]"
+)
 def up(
-    pairs: Annotated[list[str] | None, typer.Argument(help="Pairs; without: those of pairs.yaml, else those with a model, else BTC_USDT and ETH_USDT.", metavar="[PAIR...]")] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Offline: a replay of the embedded historical sample, with a clock that runs.")] = False,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Pairs; without: those of pairs.yaml, else those with a model, else BTC_USDT and ETH_USDT.",
+            metavar="[PAIR...]",
+        ),
+    ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option("--demo", help="Offline: a replay of the embedded historical sample, with a clock that runs."),
+    ] = False,
     file: Annotated[Path | None, typer.Option("--file", help="YAML list of pairs, as for `mkrich schedule`.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 8866,
     api_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the API (MUR_PORT).")] = None,
-    speed: Annotated[float | None, typer.Option(min=1, max=600, help="With --demo: seconds of exchange time per second; 60 by default.")] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(min=1, max=600, help="With --demo: seconds of exchange time per second; 60 by default."),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Trainings at once.")] = 1,
 ) -> None:
     "Everything for one person on one machine: exchange data, schedule, API and dashboard, at one address, until Ctrl-C."

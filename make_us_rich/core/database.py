@@ -43,14 +43,33 @@ TROUBLES = {
     "unfit": "cannot hold such a value; whole numbers have 64 bits at most, and texts are Unicode without NUL",
 }
 SQLITE_CODES = {
-    "SQLITE_BUSY": "locked", "SQLITE_LOCKED": "locked", "SQLITE_READONLY": "read_only", "SQLITE_CORRUPT": "damaged",
-    "SQLITE_NOTADB": "damaged", "SQLITE_FULL": "full", "SQLITE_CANTOPEN": "unreachable", "SQLITE_PERM": "unreachable",
+    "SQLITE_BUSY": "locked",
+    "SQLITE_LOCKED": "locked",
+    "SQLITE_READONLY": "read_only",
+    "SQLITE_CORRUPT": "damaged",
+    "SQLITE_NOTADB": "damaged",
+    "SQLITE_FULL": "full",
+    "SQLITE_CANTOPEN": "unreachable",
+    "SQLITE_PERM": "unreachable",
     "SQLITE_CONSTRAINT": "conflict",
 }
 POSTGRESQL_CODES = {
-    "55P03": "locked", "40P01": "locked", "25006": "read_only", "XX001": "damaged", "XX002": "damaged", "53100": "full", "53300": "busy",
-    "57P": "unreachable", "08": "unreachable", "28": "refused", "3D": "refused", "42501": "refused", "42P01": "outdated", "42703": "outdated",
-    "23": "conflict", "22": "unfit",
+    "55P03": "locked",
+    "40P01": "locked",
+    "25006": "read_only",
+    "XX001": "damaged",
+    "XX002": "damaged",
+    "53100": "full",
+    "53300": "busy",
+    "57P": "unreachable",
+    "08": "unreachable",
+    "28": "refused",
+    "3D": "refused",
+    "42501": "refused",
+    "42P01": "outdated",
+    "42703": "outdated",
+    "23": "conflict",
+    "22": "unfit",
 }
 
 # %% ../../nbs/01_core/06_database.ipynb #69ade9c1
@@ -69,7 +88,11 @@ def _reason(error: Any) -> str:
         return ""
     if "too many clients" in words:
         return "busy"
-    return "refused" if "authentication failed" in words or "does not exist" in words or "no password" in words else "unreachable"
+    return (
+        "refused"
+        if "authentication failed" in words or "does not exist" in words or "no password" in words
+        else "unreachable"
+    )
 
 # %% ../../nbs/01_core/06_database.ipynb #c60d77c1
 def _place(url: URL) -> str:
@@ -93,7 +116,9 @@ def _in_words(engine: Engine) -> Iterator[None]:
         if reason := _reason(e.orig):
             raise StoreError(f"{_place(engine.url)} {TROUBLES[reason]}", f"database_{reason}") from None
         code = getattr(e.orig, "sqlite_errorname", None) or getattr(e.orig, "sqlstate", None) or type(e.orig).__name__
-        raise StoreError(f"{_place(engine.url)} failed with code {code}; look it up in the log of the database", "database_failed") from None
+        raise StoreError(
+            f"{_place(engine.url)} failed with code {code}; look it up in the log of the database", "database_failed"
+        ) from None
 
 # %% ../../nbs/01_core/06_database.ipynb #12433e44
 FORMS = "write sqlite:///path/to/file or postgresql://user:password@host:port/name"
@@ -108,7 +133,9 @@ def _read_url(url: str) -> URL:
     if backend not in ("sqlite", "postgresql"):
         raise SettingsError(f"MUR_DATABASE_URL begins with {backend}, which is not supported; {FORMS}")
     if backend == "sqlite" and read.database in (None, "", ":memory:"):
-        raise SettingsError(f"MUR_DATABASE_URL names no file, and a database in memory is another one for each thread; {FORMS}")
+        raise SettingsError(
+            f"MUR_DATABASE_URL names no file, and a database in memory is another one for each thread; {FORMS}"
+        )
     return read.set(drivername="sqlite" if backend == "sqlite" else "postgresql+psycopg")
 
 # %% ../../nbs/01_core/06_database.ipynb #7e66aa0f
@@ -136,7 +163,9 @@ def _make_file(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
     except OSError as e:
-        raise StoreError(f"the database {path} cannot be made ({e.strerror}); set MUR_HOME or MUR_DATABASE_URL to another place") from None
+        raise StoreError(
+            f"the database {path} cannot be made ({e.strerror}); set MUR_HOME or MUR_DATABASE_URL to another place"
+        ) from None
 
 # %% ../../nbs/01_core/06_database.ipynb #c2abc3c7
 def connect(url: str, wait: float = 5.0, connections: int = 5) -> Engine:
@@ -190,7 +219,10 @@ def _alone(connection: Connection) -> Iterator[None]:
         run(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
     yield
     if connection.dialect.name == "sqlite" and run("PRAGMA foreign_key_check").first():
-        raise StoreError("the migration would leave rows without their owners and was not done; put back a backup of the database", "database_damaged")
+        raise StoreError(
+            "the migration would leave rows without their owners and was not done; put back a backup of the database",
+            "database_damaged",
+        )
     connection.commit()
 
 # %% ../../nbs/01_core/06_database.ipynb #cf71e76f
@@ -217,7 +249,10 @@ def migrate(engine: Engine) -> str:
         scripts = ScriptDirectory.from_config(alembic_config(connection))
         before, newest = MigrationContext.configure(connection).get_current_revision(), scripts.get_current_head()
         if before is not None and before not in [script.revision for script in scripts.walk_revisions()]:
-            raise StoreError(f"{_place(engine.url)} was made by a newer make_us_rich (revision {before}); upgrade this program", "database_newer")
+            raise StoreError(
+                f"{_place(engine.url)} was made by a newer make_us_rich (revision {before}); upgrade this program",
+                "database_newer",
+            )
         if before != newest:
             command.upgrade(alembic_config(connection), "head")
             log.info("%s: tables brought from revision %s to %s", _place(engine.url), before or "none", newest)

@@ -34,13 +34,29 @@ log = logging.getLogger("make_us_rich")
 
 # %% ../../nbs/01_core/08_kernels.ipynb #c9c41378
 LIBRARIES = (
-    "papermill", "papermill.engines", "papermill.clientwrap", "nbclient", "jupyter_client.provisioning.local_provisioner",
-    "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "matplotlib.pyplot", "matplotlib.dates",
-    "make_us_rich.runs", "make_us_rich.report", "make_us_rich.training", "make_us_rich.pool_report", "make_us_rich.export",
+    "papermill",
+    "papermill.engines",
+    "papermill.clientwrap",
+    "nbclient",
+    "jupyter_client.provisioning.local_provisioner",
+    "ipykernel.kernelapp",
+    "ipykernel.ipkernel",
+    "ipykernel.zmqshell",
+    "ipykernel.debugger",
+    "matplotlib.pyplot",
+    "matplotlib.dates",
+    "make_us_rich.runs",
+    "make_us_rich.report",
+    "make_us_rich.training",
+    "make_us_rich.pool_report",
+    "make_us_rich.export",
     "make_us_rich.forecasting",
 )
 ONE_THREAD = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
 }
 
@@ -104,7 +120,9 @@ class ForkServer:
         forkserver.ensure_running()
         Finalize(None, self.close, exitpriority=100)  # `multiprocessing` would wait for them
 
-    def start(self, function: Callable[..., Any], *arguments: Any, environment: dict[str, str], log_path: str = "") -> ForkedProcess | None:
+    def start(
+        self, function: Callable[..., Any], *arguments: Any, environment: dict[str, str], log_path: str = ""
+    ) -> ForkedProcess | None:
         "A child that calls a function of the library; None if there is none to be had."
         called = (path_of(function), arguments, log_path, environment)
         process = self.context.Process(target=function_at(path_of(be_forked)), args=called)
@@ -162,7 +180,11 @@ def become_kernel(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
-    sys.argv = ["ipykernel_launcher", *order["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"]  # without it a kernel tells of Ctrl-C
+    sys.argv = [
+        "ipykernel_launcher",
+        *order["argv"],
+        f"--IPKernelApp.parent_handle={os.getppid()}",
+    ]  # without it a kernel tells of Ctrl-C
     IPKernelApp.launch_instance(argv=sys.argv[1:])
 
 

@@ -43,7 +43,9 @@ class Locks:
         "Hold all of these names; after `wait` seconds without one of them `Busy`."
         until = time.monotonic() + wait
         with ExitStack() as held:
-            take = _by_connection(held.enter_context(_steady(self.url))) if self.is_server else _by_file(self.folder, held)
+            take = (
+                _by_connection(held.enter_context(_steady(self.url))) if self.is_server else _by_file(self.folder, held)
+            )
             for name in names:
                 while not take(name):
                     if time.monotonic() > until:

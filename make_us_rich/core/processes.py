@@ -31,7 +31,9 @@ def path_of(function: Callable[..., Any]) -> str:
     index = importlib.import_module("make_us_rich._modidx").d["syms"]
     found = [module for module, names in index.items() if f"{module}.{name}" in names]
     if len(found) != 1:
-        raise ValueError(f"{name} is exported by {len(found)} notebooks, another process finds it only if it is one; export it, or rename it")
+        raise ValueError(
+            f"{name} is exported by {len(found)} notebooks, another process finds it only if it is one; export it, or rename it"
+        )
     return f"{found[0]}:{name}"
 
 
@@ -97,7 +99,9 @@ def _kill(family: Iterable[psutil.Process]) -> None:
 def exit_with_parent(parent: int | None = None, patience: float = 0) -> None:
     "From now on end, with all that we started, when the process that started us ends; by SIGTERM if there is `patience` for it."
     ending = threading.Event()
-    watch = threading.Thread(target=_follow_parent, args=(parent or os.getppid(), patience, ending), daemon=True, name="exit-with-parent")
+    watch = threading.Thread(
+        target=_follow_parent, args=(parent or os.getppid(), patience, ending), daemon=True, name="exit-with-parent"
+    )
     Finalize(None, lambda: watch.join() if ending.is_set() else None, exitpriority=100)
     watch.start()
 
@@ -117,7 +121,9 @@ def _follow_parent(parent: int, patience: float, ending: threading.Event) -> Non
     os._exit(1)
 
 # %% ../../nbs/01_core/03_processes.ipynb #814d39ca
-def start_with_parent(function: Callable[..., Any], *arguments: str, patience: float = 0, **options: Any) -> "subprocess.Popen[Any]":
+def start_with_parent(
+    function: Callable[..., Any], *arguments: str, patience: float = 0, **options: Any
+) -> "subprocess.Popen[Any]":
     "Call a function of the library with texts in a new process that ends with this one; `options` are those of `subprocess.Popen`."
     module, _, name = path_of(be_started).partition(":")
     program = f"from {module} import {name}; {name}()"

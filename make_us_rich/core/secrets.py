@@ -18,12 +18,16 @@ from urllib.parse import unquote, urlsplit
 SECRET_FORMS: dict[str, re.Pattern[str]] = {
     "a token of the API": re.compile(r"\b(mur_)[A-Za-z0-9_-]{16,}"),
     "an address with a password": re.compile(r"(\b[a-z][a-z0-9+.-]*://[^/\s:@\"'<>]*:)(?!\*+@|\d+/)[^\s@\"'<>]+(?=@)"),
-    "a signed address": re.compile(r"(?i)([?&](?:x-amz-signature|signature|sig|token|access_token|api_key|password)=)(?!\*|mur_)[^&\s\"'<>]+"),
+    "a signed address": re.compile(
+        r"(?i)([?&](?:x-amz-signature|signature|sig|token|access_token|api_key|password)=)(?!\*|mur_)[^&\s\"'<>]+"
+    ),
     "a private key": re.compile(r"(-----BEGIN )[A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*-----|[\s\S]*)"),
 }
 
 
-LOGIN = re.compile(r"(?i)(\bbearer\s+|\bpassword[\"']?\s*[:=]\s*)[^\s,}]+")  # also a word about logging in, so it proves nothing
+LOGIN = re.compile(
+    r"(?i)(\bbearer\s+|\bpassword[\"']?\s*[:=]\s*)[^\s,}]+"
+)  # also a word about logging in, so it proves nothing
 
 
 def forms_in(text: str) -> set[str]:

@@ -86,17 +86,39 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path("store"), description="folder of everything that the program makes: candles, models")
     runs: Path = Field(Path("runs"), description="folder of the executed notebooks")
-    exchange_url: str = Field("https://data-api.binance.vision", pattern=r"^https?://\S+$", description="market data host, keyless")
-    models_url: str = Field("", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models")
-    candles_url: str = Field("", pattern=r"^$|^\w+://.*$", description="shared copy of the candles for many hosts: s3://...; empty: each host fetches its own")
-    database_url: str = Field("", pattern=r"^$|^(sqlite|postgres)\S*://.*$", repr=False, description="record and users; empty: <home>/mkrich.db (SQLite)")
+    exchange_url: str = Field(
+        "https://data-api.binance.vision", pattern=r"^https?://\S+$", description="market data host, keyless"
+    )
+    models_url: str = Field(
+        "", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models"
+    )
+    candles_url: str = Field(
+        "",
+        pattern=r"^$|^\w+://.*$",
+        description="shared copy of the candles for many hosts: s3://...; empty: each host fetches its own",
+    )
+    database_url: str = Field(
+        "",
+        pattern=r"^$|^(sqlite|postgres)\S*://.*$",
+        repr=False,
+        description="record and users; empty: <home>/mkrich.db (SQLite)",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8750, ge=0, le=65_535, description="port of the API")
     workers: int = Field(1, ge=1, le=64, description="worker processes of the API")
-    monthly_calls: int = Field(1000, ge=0, description="API calls that a user has in a calendar month (UTC), unless set for the user")
+    monthly_calls: int = Field(
+        1000, ge=0, description="API calls that a user has in a calendar month (UTC), unless set for the user"
+    )
     poll_seconds: float = Field(20, gt=0, le=3600, description="seconds between two looks for a new champion")
-    alert_urls: str = Field("", repr=False, description="where alerts go: apprise addresses, separated by blanks or commas")
-    heartbeat_url: str = Field("", repr=False, pattern=r"^$|^https?://\S+$", description="called while all is well; whoever watches it misses the calls")
+    alert_urls: str = Field(
+        "", repr=False, description="where alerts go: apprise addresses, separated by blanks or commas"
+    )
+    heartbeat_url: str = Field(
+        "",
+        repr=False,
+        pattern=r"^$|^https?://\S+$",
+        description="called while all is well; whoever watches it misses the calls",
+    )
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")
     history_days: int = Field(365, ge=1, le=10_000, description="days of candles that a model is trained on")
@@ -136,7 +158,9 @@ def get_settings(**overrides: object) -> Settings:
 def _refuse_unknown(env: os._Environ[str] | dict[str, str]) -> None:
     known = [f"MUR_{name.upper()}" for name in Settings.model_fields]
     for name in sorted(n for n in env if n.upper().startswith("MUR_") and n.upper() not in known):
-        raise SettingsError(f"{name} is not a setting; did you mean {difflib.get_close_matches(name.upper(), known, 1, 0)[0]}?")
+        raise SettingsError(
+            f"{name} is not a setting; did you mean {difflib.get_close_matches(name.upper(), known, 1, 0)[0]}?"
+        )
 
 
 def _refuse_readable(env_file: Path) -> None:
@@ -147,7 +171,9 @@ def _refuse_readable(env_file: Path) -> None:
 def _setting_sentence(problem: object) -> str:
     p = dict(problem)  # type: ignore[call-overload]
     name = "MUR_" + "_".join(str(x) for x in p["loc"]).upper().removeprefix("MUR_")
-    value = re.sub(r"(?<=://).*", "***", str(p["input"]))  # an address may carry a password, and its scheme is what can be wrong
+    value = re.sub(
+        r"(?<=://).*", "***", str(p["input"])
+    )  # an address may carry a password, and its scheme is what can be wrong
     return f"{name}={value!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
 
 # %% ../../nbs/01_core/02_settings.ipynb #5b04c41e

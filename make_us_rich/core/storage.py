@@ -70,8 +70,15 @@ class Objects:
                 self.store = from_url(url)
             else:
                 patience: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
-                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # options given here hide the variable
-                self.store = from_url(url, retry_config=patience, client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain})
+                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in (
+                    "1",
+                    "true",
+                )  # options given here hide the variable
+                self.store = from_url(
+                    url,
+                    retry_config=patience,
+                    client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain},
+                )
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -79,7 +86,9 @@ class Objects:
             yield
         except (BaseError, OSError, ValueError, NotImplementedError) as e:
             why = scrub(re.split(r"\n|Debug source", str(e))[0].strip().rstrip("."))
-            raise StoreError(f"the {self.name} {self.url} cannot be {what}: {why}; check {self.setting}, its rights and its disk") from e
+            raise StoreError(
+                f"the {self.name} {self.url} cannot be {what}: {why}; check {self.setting}, its rights and its disk"
+            ) from e
 
     def lock(self, folder: str) -> AbstractContextManager[object]:
         "One writer at a time below `folder`; only folders need it (and have it)."
@@ -98,7 +107,9 @@ class Objects:
                 return None
             if (size := found.meta["size"]) > limit:
                 rule = f"has {size:,} bytes, more than the {limit:,} allowed"
-                raise StoreError(f"{key} in {self.url} {rule}; it was not fetched, remove it or train again", "too_large")
+                raise StoreError(
+                    f"{key} in {self.url} {rule}; it was not fetched, remove it or train again", "too_large"
+                )
             return bytes(found.bytes())
 
 # %% ../../nbs/01_core/04_storage.ipynb #f96d4d69
@@ -185,5 +196,7 @@ def try_conditions(objects: Objects) -> None:
                 refused.append(mode)
         obs.delete(objects.store, key)
     if len(refused) < 2:
-        raise StoreError(f"{objects.url} ignores conditional writes, so two publishers could overwrite each other; use another server")
+        raise StoreError(
+            f"{objects.url} ignores conditional writes, so two publishers could overwrite each other; use another server"
+        )
     objects._tried = True

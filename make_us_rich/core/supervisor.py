@@ -76,7 +76,10 @@ def check_port(name: str, port: int, option: str) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as e:
-        raise SettingsError(f"the {name} cannot listen on 127.0.0.1:{port} ({os.strerror(e.errno or 0).lower()}); end what runs there, or choose another port with {option}", "no_port") from None
+        raise SettingsError(
+            f"the {name} cannot listen on 127.0.0.1:{port} ({os.strerror(e.errno or 0).lower()}); end what runs there, or choose another port with {option}",
+            "no_port",
+        ) from None
 
 # %% ../../nbs/01_core/09_supervisor.ipynb #d712e7a0
 def end_part(part: Part, patience: float = 15.0) -> None:
@@ -97,7 +100,12 @@ class PartFailed(MakeUsRichError):
 class Caretaker:
     "Starts parts, restarts those that die, ends all; `say` gets a sentence about each change."
 
-    most, span, every, misses = 5, 600.0, 15.0, 5  # deaths within so many seconds; seconds between two looks at the addresses, silent ones until it counts as dead
+    most, span, every, misses = (
+        5,
+        600.0,
+        15.0,
+        5,
+    )  # deaths within so many seconds; seconds between two looks at the addresses, silent ones until it counts as dead
 
     def __init__(self, parts: list[Part], say: Callable[[str], None]) -> None:
         self.parts, self.say = parts, say
@@ -115,7 +123,9 @@ class Caretaker:
                 part.state = "running"
                 return None
             if time.monotonic() > until:
-                raise PartFailed(f"the {part.name} does not answer after {part.patience:.0f} s ({last_words(part)}); see {part.log}")
+                raise PartFailed(
+                    f"the {part.name} does not answer after {part.patience:.0f} s ({last_words(part)}); see {part.log}"
+                )
             self.stopping.wait(0.1)
 
     def mourn(self, part: Part) -> None:
@@ -127,7 +137,9 @@ class Caretaker:
         if code == SettingsError.exit_code:
             raise PartFailed(last_words(part))
         if len(part.deaths) >= self.most:
-            raise PartFailed(f"the {part.name} has died {len(part.deaths)} times in {self.span / 60:.0f} minutes ({last_words(part)}); all is stopped, see {part.log}")
+            raise PartFailed(
+                f"the {part.name} has died {len(part.deaths)} times in {self.span / 60:.0f} minutes ({last_words(part)}); all is stopped, see {part.log}"
+            )
         self.say(f"the {part.name} has died ({how_it_ended(code)}); it is started again")
         if not self.stopping.wait(2.0 ** (len(part.deaths) - 1) - 1):
             self.start(part)

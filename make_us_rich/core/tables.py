@@ -12,7 +12,15 @@ from typing import Any
 
 import pandas as pd
 from sqlalchemy import (
-    JSON, BigInteger, CheckConstraint, DateTime, Double, ForeignKey, Index, MetaData, UniqueConstraint,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    UniqueConstraint,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -32,7 +40,10 @@ class UTC(TypeDecorator[pd.Timestamp]):
             return None
         moment = pd.Timestamp(value)
         if moment.tzinfo is None:
-            raise StoreError(f"a time in the database carries its zone, {value} has none; give it one, for example UTC", "database_unfit")
+            raise StoreError(
+                f"a time in the database carries its zone, {value} has none; give it one, for example UTC",
+                "database_unfit",
+            )
         return moment.tz_convert("UTC").to_pydatetime(warn=False)  # nanoseconds are cut off
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
@@ -44,7 +55,9 @@ class UTC(TypeDecorator[pd.Timestamp]):
 # %% ../../nbs/01_core/05_tables.ipynb #6dac6987
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise StoreError(f"a number in the database is finite, {value} is not; record an abstention instead", "database_unfit")
+        raise StoreError(
+            f"a number in the database is finite, {value} is not; record an abstention instead", "database_unfit"
+        )
     return float(value)
 
 

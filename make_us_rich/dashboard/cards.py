@@ -42,7 +42,11 @@ def ladder(forecast: Plain) -> str:
     def at(price: float) -> float:
         return round(100 * (price - low) / width, 2)
 
-    bars = "".join(f'<i class="b{p}" style="left:{at(a)}%;width:{at(b) - at(a):.2f}%"></i>' for p in (95, 80, 50) for a, b in [span(forecast, p)])
+    bars = "".join(
+        f'<i class="b{p}" style="left:{at(a)}%;width:{at(b) - at(a):.2f}%"></i>'
+        for p in (95, 80, 50)
+        for a, b in [span(forecast, p)]
+    )
     marks = f'<i class="last" style="left:{at(last)}%"></i><i class="mid" style="left:{at(forecast["median"])}%"></i>'
     texts = f'<span class="lo">{price_text(low, last)}</span><span style="left:50%">95 of 100 closes in here</span><span class="hi">{price_text(high, last)}</span>'
     return f'<div class="mur-ladder" role="img" aria-label="95 % range {price_text(low, last)} to {price_text(high, last)}">{bars}{marks}{texts}</div>'
@@ -53,17 +57,29 @@ def _facts(forecast: Plain, now: str) -> str:
     if forecast.get("as_of") and now:
         data = minutes_between(forecast["as_of"], now)
     pairs = {
-        "newest candle closed": when(forecast.get("as_of") or ""), "its age": age(data) if data is not None else "not known",
-        "model trained up to": when(cutoff(forecast.get("model_version") or "")), "model's age": age(model * 60) if model is not None else "not known",
+        "newest candle closed": when(forecast.get("as_of") or ""),
+        "its age": age(data) if data is not None else "not known",
+        "model trained up to": when(cutoff(forecast.get("model_version") or "")),
+        "model's age": age(model * 60) if model is not None else "not known",
         "source": esc(forecast.get("label") or forecast.get("source") or "nothing fetched"),
-        "hour ends in": age(minutes_between(now, forecast["target_close"]), "left") if now and forecast.get("target_close") else "not known",
+        "hour ends in": age(minutes_between(now, forecast["target_close"]), "left")
+        if now and forecast.get("target_close")
+        else "not known",
     }
-    return '<div class="mur-facts">' + "".join(f'<div class="mur-fact">{name}<b>{value}</b></div>' for name, value in pairs.items()) + "</div>"
+    return (
+        '<div class="mur-facts">'
+        + "".join(f'<div class="mur-fact">{name}<b>{value}</b></div>' for name, value in pairs.items())
+        + "</div>"
+    )
 
 
 def _meaning(forecast: Plain) -> str:
     rise = forecast["p_up"]
-    side = "That is close to a coin: it says how far, not which way." if abs(rise - 0.5) < 0.05 else "The direction is the weakest part of any forecast of one hour."
+    side = (
+        "That is close to a coin: it says how far, not which way."
+        if abs(rise - 0.5) < 0.05
+        else "The direction is the weakest part of any forecast of one hour."
+    )
     return f'<p class="mur-say">In 8 of 10 such hours the close lies in this range, in 2 of 10 it does not. {side} It is not advice to trade.</p>'
 
 
@@ -87,27 +103,69 @@ def pair_card(line: Plain) -> Plain:
     "What the small card of a pair shows, from one line of the overview."
     forecast, closes, badge = line.get("forecast") or {}, line.get("closes") or [], line.get("badge") or "grey"
     last = forecast.get("last_close") or (closes[-1] if closes else None)
-    plain = {"pair": line["pair"], "badge": badge if badge in BADGES else "grey", "word": BADGES.get(badge, "unproven"), "closes": closes, "problem": "", "range": "", "rise": ""}
-    plain |= {"last": price_text(last, last) if last else "no price", "change": f"{(closes[-1] / closes[0] - 1) * 100:+.2f} %" if len(closes) > 1 else ""}
+    plain = {
+        "pair": line["pair"],
+        "badge": badge if badge in BADGES else "grey",
+        "word": BADGES.get(badge, "unproven"),
+        "closes": closes,
+        "problem": "",
+        "range": "",
+        "rise": "",
+    }
+    plain |= {
+        "last": price_text(last, last) if last else "no price",
+        "change": f"{(closes[-1] / closes[0] - 1) * 100:+.2f} %" if len(closes) > 1 else "",
+    }
     if forecast.get("status") != "ok":
-        return plain | {"problem": "no forecast for this hour" if forecast else line.get("problem") or "no forecast yet"}
+        return plain | {
+            "problem": "no forecast for this hour" if forecast else line.get("problem") or "no forecast yet"
+        }
     low, high = span(forecast, 80)
-    return plain | {"range": f"{price_text(low, last or low)} to {price_text(high, last or low)}", "rise": f"rise {forecast['p_up'] * 100:.0f} %"}
+    return plain | {
+        "range": f"{price_text(low, last or low)} to {price_text(high, last or low)}",
+        "rise": f"rise {forecast['p_up'] * 100:.0f} %",
+    }
 
 # %% ../../nbs/10_dashboard/03_cards.ipynb #8c2cb4ab
 def tiles(record: Plain, rows: list[Plain]) -> str:
     "The few numbers that answer: is it any good?"
-    colour, ratio, hit, held = record["badge"]["colour"], record["crps_base"], record["hit"], record["coverage"]["cov80"]
-    told = [(f'<span class="mur-badge mur-{esc(colour)}">{esc(BADGES.get(colour, colour))}</span>', f"{record['n']} hours settled, {record['open']} open")]
+    colour, ratio, hit, held = (
+        record["badge"]["colour"],
+        record["crps_base"],
+        record["hit"],
+        record["coverage"]["cov80"],
+    )
+    told = [
+        (
+            f'<span class="mur-badge mur-{esc(colour)}">{esc(BADGES.get(colour, colour))}</span>',
+            f"{record['n']} hours settled, {record['open']} open",
+        )
+    ]
     if ratio is not None:
-        told.append((f"{abs(1 - ratio) * 100:.1f} % {'better' if ratio < 1 else 'worse'}", f"ranges against no change, t = {record['crps_t'] or 0:+.1f}"))
+        told.append(
+            (
+                f"{abs(1 - ratio) * 100:.1f} % {'better' if ratio < 1 else 'worse'}",
+                f"ranges against no change, t = {record['crps_t'] or 0:+.1f}",
+            )
+        )
     if held["n"]:
-        told.append((f"{held['share'] * 100:.1f} %", f"of 80 promised held [{held['low'] * 100:.0f}, {held['high'] * 100:.0f}]"))
+        told.append(
+            (f"{held['share'] * 100:.1f} %", f"of 80 promised held [{held['low'] * 100:.0f}, {held['high'] * 100:.0f}]")
+        )
     if hit["n"]:
-        told.append((f"{hit['share'] * 100:.1f} %", f"directions right [{hit['low'] * 100:.0f}, {hit['high'] * 100:.0f}]; a coin has 50"))
+        told.append(
+            (
+                f"{hit['share'] * 100:.1f} %",
+                f"directions right [{hit['low'] * 100:.0f}, {hit['high'] * 100:.0f}]; a coin has 50",
+            )
+        )
     if (fees := after_fees(rows))[0]:
         told.append((f"{fees[1] * 100:+.2f} %", "an hour, following the direction after fees"))
-    return '<div class="mur-tiles">' + "".join(f'<div class="mur-tile"><b>{value}</b><span>{note}</span></div>' for value, note in told) + "</div>"
+    return (
+        '<div class="mur-tiles">'
+        + "".join(f'<div class="mur-tile"><b>{value}</b><span>{note}</span></div>' for value, note in told)
+        + "</div>"
+    )
 
 
 def rules(record: Plain) -> str:
@@ -119,8 +177,15 @@ def rules(record: Plain) -> str:
 # %% ../../nbs/10_dashboard/03_cards.ipynb #c8a98d81
 def table(head: list[str], lines: Iterable[list[str]], label: str, left: int = 1) -> str:
     "An HTML table; cells are HTML already, the first `left` columns stand left."
-    names = "".join(f'<th scope="col"{" class=mur-left" if i < left else ""}>{esc(name)}</th>' for i, name in enumerate(head))
-    body = "".join("<tr>" + "".join(f"<td{' class=mur-left' if i < left else ''}>{cell}</td>" for i, cell in enumerate(line)) + "</tr>" for line in lines)
+    names = "".join(
+        f'<th scope="col"{" class=mur-left" if i < left else ""}>{esc(name)}</th>' for i, name in enumerate(head)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=mur-left' if i < left else ''}>{cell}</td>" for i, cell in enumerate(line))
+        + "</tr>"
+        for line in lines
+    )
     return f'<div class="mur-scroll" tabindex="0" role="region" aria-label="{esc(label)}"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -135,7 +200,11 @@ LOG = "log:"
 
 def run_button(run: str, text: str, what: str = "") -> str:
     "A link-like button that opens the report of a run."
-    return f'<button type="button" class="mur-link" data-act="run" data-run="{esc(run)}" aria-label="{esc(what or text)}">{esc(text)}</button>' if run else esc(text)
+    return (
+        f'<button type="button" class="mur-link" data-act="run" data-run="{esc(run)}" aria-label="{esc(what or text)}">{esc(text)}</button>'
+        if run
+        else esc(text)
+    )
 
 
 def history_table(rows: list[Plain], limit: int = 50) -> str:
@@ -144,13 +213,29 @@ def history_table(rows: list[Plain], limit: int = 50) -> str:
     for row in rows[:limit]:
         last = row["last_close"] or 1.0
         if not row["quantiles"]:
-            lines.append([when(row["target_close"]), '<span class="mur-soft">abstained</span>', *[""] * 4, esc(row["reason"])])
+            lines.append(
+                [when(row["target_close"]), '<span class="mur-soft">abstained</span>', *[""] * 4, esc(row["reason"])]
+            )
             continue
         low, high = span(row, 80)
         came = price_text(row["actual"], last) if row["actual"] is not None else ""
         side = "" if row["up_hit"] is None else "right" if row["up_hit"] else "wrong"
-        lines.append([when(row["target_close"]), f"{price_text(low, last)} to {price_text(high, last)}", came, _outcome(row), f"{row['p_up'] * 100:.0f} %", side, run_button(row.get("run_id") or "", row["model_version"][:16], "model and training report")])
-    return table(["hour ending", "80 % range", "close", "range", "rise", "direction", "model and its report"], lines, "Last forecasts")
+        lines.append(
+            [
+                when(row["target_close"]),
+                f"{price_text(low, last)} to {price_text(high, last)}",
+                came,
+                _outcome(row),
+                f"{row['p_up'] * 100:.0f} %",
+                side,
+                run_button(row.get("run_id") or "", row["model_version"][:16], "model and training report"),
+            ]
+        )
+    return table(
+        ["hour ending", "80 % range", "close", "range", "rise", "direction", "model and its report"],
+        lines,
+        "Last forecasts",
+    )
 
 # %% ../../nbs/10_dashboard/03_cards.ipynb #4e27fb53
 def usage_card(me: Plain) -> str:
@@ -165,7 +250,10 @@ def snippets(url: str, pair: str) -> str:
     "Lines to copy."
     curl = f'curl -H "Authorization: Bearer $MKRICH_TOKEN" {url}/v1/forecasts/{pair}'
     python = f'import os\nfrom make_us_rich.client import Client\n\nClient("{url}", os.environ["MKRICH_TOKEN"]).forecast("{pair}")'
-    shown = "".join(f'<div class="mur-code"><code>{esc(text)}</code><button class="mur-icon" data-act="copy">copy</button></div>' for text in (curl, python))
+    shown = "".join(
+        f'<div class="mur-code"><code>{esc(text)}</code><button class="mur-icon" data-act="copy">copy</button></div>'
+        for text in (curl, python)
+    )
     return f"<h2>From a shell, from Python</h2>{shown}"
 
 
@@ -182,10 +270,26 @@ def health_table(feed: Feed, status: Plain | None) -> str:
     lines = []
     for line in feed.pairs:
         forecast, more = line.get("forecast") or {}, problems.get(line["pair"], {})
-        wrong = "; ".join(str(text) for text in (more.get("problems") or {}).values() if text) or line.get("problem") or more.get("reason") or ""
+        wrong = (
+            "; ".join(str(text) for text in (more.get("problems") or {}).values() if text)
+            or line.get("problem")
+            or more.get("reason")
+            or ""
+        )
         as_of = forecast.get("as_of") or ""
-        lines.append([esc(base_quote(line["pair"])), esc(forecast.get("status") or "nothing"), when(as_of), age(minutes_between(as_of, feed.now)) if as_of and feed.now else "", esc(line.get("model_version") or ""), esc(wrong) or "none"])
-    return "<h2>Health of the data</h2>" + table(["pair", "forecast", "newest close", "age", "model", "problem"], lines, "Health of the data")
+        lines.append(
+            [
+                esc(base_quote(line["pair"])),
+                esc(forecast.get("status") or "nothing"),
+                when(as_of),
+                age(minutes_between(as_of, feed.now)) if as_of and feed.now else "",
+                esc(line.get("model_version") or ""),
+                esc(wrong) or "none",
+            ]
+        )
+    return "<h2>Health of the data</h2>" + table(
+        ["pair", "forecast", "newest close", "age", "model", "problem"], lines, "Health of the data"
+    )
 
 
 STATES = {"published": "green", "failed": "red", "abandoned": "red"}
@@ -199,18 +303,50 @@ def runs_table(runs: list[Plain]) -> str:
         seconds = f"{run['seconds']:.0f} s" if run.get("seconds") is not None else ""
         tries = f" ({run['attempts']} tries)" if (run.get("attempts") or 1) > 1 else ""
         why = run.get("version") if run["state"] == "published" else run.get("reason")
-        report = "" if run["state"] in ("running", "skipped") else run_button(run["run_id"], "report", f"report of run {run['run_id']}") + " "
-        report += "" if run["state"] == "skipped" else run_button(LOG + run["run_id"], "log", f"log of run {run['run_id']}")
-        lines.append([when(run.get("started_at") or ""), esc(base_quote(run["pair"])), esc(run.get("recipe") or ""), state + tries, seconds, report, esc(why or "")])
+        report = (
+            ""
+            if run["state"] in ("running", "skipped")
+            else run_button(run["run_id"], "report", f"report of run {run['run_id']}") + " "
+        )
+        report += (
+            "" if run["state"] == "skipped" else run_button(LOG + run["run_id"], "log", f"log of run {run['run_id']}")
+        )
+        lines.append(
+            [
+                when(run.get("started_at") or ""),
+                esc(base_quote(run["pair"])),
+                esc(run.get("recipe") or ""),
+                state + tries,
+                seconds,
+                report,
+                esc(why or ""),
+            ]
+        )
     nothing = '<p class="mur-fine">No run is on record yet.</p>'
-    return "<h2>Runs</h2>" + (table(["started", "pair", "recipe", "state", "took", "notebook, log", "version or reason"], lines, "Runs", left=4) if lines else nothing)
+    return "<h2>Runs</h2>" + (
+        table(
+            ["started", "pair", "recipe", "state", "took", "notebook, log", "version or reason"], lines, "Runs", left=4
+        )
+        if lines
+        else nothing
+    )
 
 # %% ../../nbs/10_dashboard/03_cards.ipynb #43faa27e
 def version_line(version: Plain) -> str:
     "One model: when it was made, how it scored, whether it serves."
     own = (version["scores"] or [{}])[0]
-    score = f"CRPS / base {own['crps/base']:.4f}, 80 % range held {own['cov80'] * 100:.1f} %" if "crps/base" in own and "cov80" in own else "no scores"
-    word = '<span class="mur-badge mur-green">serves</span>' if version["champion"] else "" if version["usable"] else '<span class="mur-badge mur-red">damaged</span>'
+    score = (
+        f"CRPS / base {own['crps/base']:.4f}, 80 % range held {own['cov80'] * 100:.1f} %"
+        if "crps/base" in own and "cov80" in own
+        else "no scores"
+    )
+    word = (
+        '<span class="mur-badge mur-green">serves</span>'
+        if version["champion"]
+        else ""
+        if version["usable"]
+        else '<span class="mur-badge mur-red">damaged</span>'
+    )
     report = run_button(version.get("run_id") or "", "report", f"report of version {version['version']}")
     return f'<code>{esc(version["version"])}</code> {word} {report}<br><span class="mur-fine">{score}</span>'
 

@@ -31,7 +31,9 @@ def price_text(price: float, like: float) -> str:
 
 def when(iso: str, form: str = "full") -> str:
     "A time for the page: UTC now, the viewer's zone as soon as the browser sees it."
-    return f'<time datetime="{esc(iso)}" data-as="{form}">{esc(iso[:16].replace("T", " "))} UTC</time>' if iso else "never"
+    return (
+        f'<time datetime="{esc(iso)}" data-as="{form}">{esc(iso[:16].replace("T", " "))} UTC</time>' if iso else "never"
+    )
 
 
 def minutes_text(minutes: float) -> str:
@@ -74,13 +76,24 @@ def base_quote(pair: str) -> str:
 
 # %% ../../nbs/10_dashboard/01_figures.ipynb #fcbdffdb
 COLOURS = {
-    "text": ("#e6ebf2", "#1b2330"), "soft": ("#9fadc0", "#56647a"), "line": ("#273142", "#d6dce6"), "panel": ("#141a23", "#ffffff"),
-    "up": ("#2ebd85", "#0a7a50"), "down": ("#f6657a", "#c02942"), "accent": ("#f0c14b", "#8a5a00"), "range": ("#5b8def", "#2f62c9"),
-    "upbar": ("rgba(46,189,133,0.35)", "rgba(10,122,80,0.30)"), "downbar": ("rgba(246,101,122,0.35)", "rgba(192,41,66,0.28)"),
-    "held": ("rgba(91,141,239,0.20)", "rgba(47,98,201,0.15)"), "missed": ("rgba(240,193,75,0.42)", "rgba(214,150,20,0.40)"),
-    "b95": ("rgba(91,141,239,0.25)", "rgba(47,98,201,0.20)"), "b80": ("rgba(91,141,239,0.40)", "rgba(47,98,201,0.32)"),
-    "b50": ("rgba(91,141,239,0.75)", "rgba(47,98,201,0.60)"), "far80": ("rgba(159,173,192,0.11)", "rgba(86,100,122,0.10)"),
-    "far50": ("rgba(159,173,192,0.13)", "rgba(86,100,122,0.13)"), "band": ("rgba(240,193,75,0.18)", "rgba(138,90,0,0.14)"),
+    "text": ("#e6ebf2", "#1b2330"),
+    "soft": ("#9fadc0", "#56647a"),
+    "line": ("#273142", "#d6dce6"),
+    "panel": ("#141a23", "#ffffff"),
+    "up": ("#2ebd85", "#0a7a50"),
+    "down": ("#f6657a", "#c02942"),
+    "accent": ("#f0c14b", "#8a5a00"),
+    "range": ("#5b8def", "#2f62c9"),
+    "upbar": ("rgba(46,189,133,0.35)", "rgba(10,122,80,0.30)"),
+    "downbar": ("rgba(246,101,122,0.35)", "rgba(192,41,66,0.28)"),
+    "held": ("rgba(91,141,239,0.20)", "rgba(47,98,201,0.15)"),
+    "missed": ("rgba(240,193,75,0.42)", "rgba(214,150,20,0.40)"),
+    "b95": ("rgba(91,141,239,0.25)", "rgba(47,98,201,0.20)"),
+    "b80": ("rgba(91,141,239,0.40)", "rgba(47,98,201,0.32)"),
+    "b50": ("rgba(91,141,239,0.75)", "rgba(47,98,201,0.60)"),
+    "far80": ("rgba(159,173,192,0.11)", "rgba(86,100,122,0.10)"),
+    "far50": ("rgba(159,173,192,0.13)", "rgba(86,100,122,0.13)"),
+    "band": ("rgba(240,193,75,0.18)", "rgba(138,90,0,0.14)"),
 }
 
 
@@ -91,20 +104,41 @@ HOUR = 3_600_000
 
 
 def _axis(**more: Any) -> Plain:
-    return {"gridcolor": DARK["line"], "linecolor": DARK["line"], "zeroline": False, "tickfont": {"color": DARK["soft"], "size": 11}, "fixedrange": True} | more
+    return {
+        "gridcolor": DARK["line"],
+        "linecolor": DARK["line"],
+        "zeroline": False,
+        "tickfont": {"color": DARK["soft"], "size": 11},
+        "fixedrange": True,
+    } | more
 
 
 def _layout(**more: Any) -> Plain:
-    plain = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": DARK["text"], "family": "system-ui, sans-serif"}}
+    plain = {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": DARK["text"], "family": "system-ui, sans-serif"},
+    }
     hover = {"bgcolor": DARK["panel"], "bordercolor": DARK["line"], "font": {"color": DARK["text"]}}
-    return plain | {"showlegend": False, "hoverlabel": hover, "dragmode": "pan", "margin": {"l": 10, "r": 74, "t": 8, "b": 30}} | more
+    return (
+        plain
+        | {"showlegend": False, "hoverlabel": hover, "dragmode": "pan", "margin": {"l": 10, "r": 74, "t": 8, "b": 30}}
+        | more
+    )
 
 # %% ../../nbs/10_dashboard/01_figures.ipynb #d12829b8
 def _boxes(ranges: list[tuple[float, float, float]], colour: str, name: str) -> Plain:
     "Boxes one hour wide (from, low, high); bars, because plotly draws these behind candles, and lines before them."
     return {
-        "type": "bar", "name": name, "x": [x for x, _, _ in ranges], "base": [low for _, low, _ in ranges], "y": [high - low for _, low, high in ranges],
-        "width": HOUR, "offset": 0, "marker": {"color": DARK[colour], "line": {"width": 0}}, "hoverinfo": "skip",
+        "type": "bar",
+        "name": name,
+        "x": [x for x, _, _ in ranges],
+        "base": [low for _, low, _ in ranges],
+        "y": [high - low for _, low, high in ranges],
+        "width": HOUR,
+        "offset": 0,
+        "marker": {"color": DARK[colour], "line": {"width": 0}},
+        "hoverinfo": "skip",
     }
 
 
@@ -112,12 +146,26 @@ def _area(outline: list[tuple[float, float]], colour: str, name: str) -> Plain:
     "A filled area within its outline."
     x, y = [x for x, _ in outline], [y for _, y in outline]
     line = {"width": 0}
-    return {"type": "scatter", "name": name, "x": x, "y": y, "mode": "lines", "fill": "toself", "fillcolor": DARK[colour], "line": line, "hoverinfo": "skip"}
+    return {
+        "type": "scatter",
+        "name": name,
+        "x": x,
+        "y": y,
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": DARK[colour],
+        "line": line,
+        "hoverinfo": "skip",
+    }
 
 
 def past_traces(history: Plain, since: float) -> list[Plain]:
     "The 80 % ranges of settled hours from `since` on, those that held and those that missed."
-    shown = [row for row in history["rows"] if row["quantiles"] and row["actual"] is not None and ms(row["target_open"]) >= since]
+    shown = [
+        row
+        for row in history["rows"]
+        if row["quantiles"] and row["actual"] is not None and ms(row["target_open"]) >= since
+    ]
     boxes: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for row in shown:
         low, high = span(row, 80)
@@ -146,9 +194,19 @@ def candle_traces(candles: Plain) -> list[Plain]:
     x = [ms(t) for t in columns["timestamp"]]
     rise = [c >= o for o, c in zip(columns["open"], columns["close"], strict=True)]
     where = {"x": x, "xperiod": HOUR, "xperiodalignment": "middle"}
-    colours = {f"{kind}creasing": {"line": {"color": DARK[name], "width": 1}, "fillcolor": DARK[name]} for kind, name in (("in", "up"), ("de", "down"))}
+    colours = {
+        f"{kind}creasing": {"line": {"color": DARK[name], "width": 1}, "fillcolor": DARK[name]}
+        for kind, name in (("in", "up"), ("de", "down"))
+    }
     prices = {name: columns[name] for name in ("open", "high", "low", "close")}
-    volume = {"type": "bar", "name": "volume", "y": columns["volume"], "yaxis": "y2", "hoverinfo": "skip", "marker": {"color": [DARK["upbar"] if r else DARK["downbar"] for r in rise]}}
+    volume = {
+        "type": "bar",
+        "name": "volume",
+        "y": columns["volume"],
+        "yaxis": "y2",
+        "hoverinfo": "skip",
+        "marker": {"color": [DARK["upbar"] if r else DARK["downbar"] for r in rise]},
+    }
     return [{"type": "candlestick", "name": "", **where, **prices, **colours}, volume | where]
 
 
@@ -164,22 +222,67 @@ def forecast_figure(candles: Plain, forecast: Plain | None, history: Plain, hour
     fan = fan_traces(forecast, hours) if forecast and ok else []
     end = x[-1] + HOUR * (hours + 1)
     first = max(0, len(x) - 36)
-    heights = [*drawn[0]["low"][first:], *drawn[0]["high"][first:], *(y for trace in fan if trace["type"] == "scatter" for y in trace["y"])]
-    tag = {"x": 1, "xref": "paper", "y": close, "xanchor": "left", "showarrow": False, "text": f" {price_text(close, close)} ", "bgcolor": DARK["text"], "font": {"color": DARK["panel"], "size": 11}}
+    heights = [
+        *drawn[0]["low"][first:],
+        *drawn[0]["high"][first:],
+        *(y for trace in fan if trace["type"] == "scatter" for y in trace["y"]),
+    ]
+    tag = {
+        "x": 1,
+        "xref": "paper",
+        "y": close,
+        "xanchor": "left",
+        "showarrow": False,
+        "text": f" {price_text(close, close)} ",
+        "bgcolor": DARK["text"],
+        "font": {"color": DARK["panel"], "size": 11},
+    }
     notes = [tag] if ok else [tag, _no_forecast(x[-1] + HOUR * 13, close)]
-    level = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": close, "y1": close, "line": {"color": DARK["soft"], "width": 1, "dash": "dot"}}
+    level = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": close,
+        "y1": close,
+        "line": {"color": DARK["soft"], "width": 1, "dash": "dot"},
+    }
     ticks = f",.{decimals(close)}f" if close < 1000 else ",.0f"
     axes = {
-        "xaxis": _axis(type="date", range=[x[0], end], rangeslider={"visible": False}, fixedrange=False, showgrid=False, anchor="y2"),
-        "yaxis": _axis(side="right", domain=[0.16, 1], tickformat=ticks), "yaxis2": _axis(domain=[0, 0.13], showticklabels=False, showgrid=False),
+        "xaxis": _axis(
+            type="date",
+            range=[x[0], end],
+            rangeslider={"visible": False},
+            fixedrange=False,
+            showgrid=False,
+            anchor="y2",
+        ),
+        "yaxis": _axis(side="right", domain=[0.16, 1], tickformat=ticks),
+        "yaxis2": _axis(domain=[0, 0.13], showticklabels=False, showgrid=False),
     }
     meta = {"narrow": [x[first], end], "narrow_y": _room(heights)}
-    layout = _layout(**axes, annotations=notes, shapes=[level], uirevision=candles["pair"], hovermode="x", barmode="overlay", bargap=0.2, meta=meta)
+    layout = _layout(
+        **axes,
+        annotations=notes,
+        shapes=[level],
+        uirevision=candles["pair"],
+        hovermode="x",
+        barmode="overlay",
+        bargap=0.2,
+        meta=meta,
+    )
     return {"data": [*past_traces(history, x[0]), *fan, *drawn], "layout": layout}
 
 
 def _no_forecast(x: float, y: float) -> Plain:
-    return {"x": x, "y": y, "text": "no forecast<br>for this hour", "showarrow": False, "font": {"color": DARK["accent"]}, "yshift": 40}
+    return {
+        "x": x,
+        "y": y,
+        "text": "no forecast<br>for this hour",
+        "showarrow": False,
+        "font": {"color": DARK["accent"]},
+        "yshift": 40,
+    }
 
 # %% ../../nbs/10_dashboard/01_figures.ipynb #3363d67e
 def skill_steps(rows: list[Plain], window: int = 168, least: int = 24) -> list[tuple[float, float, float]]:
@@ -200,19 +303,72 @@ def skill_figure(rows: list[Plain], window: int = 168) -> Plain:
     steps = skill_steps(rows, window)
     x = [t for t, _, _ in steps]
     band = _area([(t, r + h) for t, r, h in steps] + [(t, r - h) for t, r, h in reversed(steps)], "band", "95 % band")
-    line = {"type": "scatter", "mode": "lines", "name": "loss / no change", "x": x, "y": [r for _, r, _ in steps], "line": {"color": DARK["accent"], "width": 2}, "hovertemplate": "%{y:.3f}<extra></extra>"}
-    even = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": DARK["soft"], "width": 1.5, "dash": "dash"}}
-    layout = _layout(xaxis=_axis(type="date", showgrid=False), yaxis=_axis(side="right", tickformat=".2f"), shapes=[even], hovermode="x", margin={"l": 10, "r": 54, "t": 8, "b": 44})
+    line = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "loss / no change",
+        "x": x,
+        "y": [r for _, r, _ in steps],
+        "line": {"color": DARK["accent"], "width": 2},
+        "hovertemplate": "%{y:.3f}<extra></extra>",
+    }
+    even = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 1,
+        "y1": 1,
+        "line": {"color": DARK["soft"], "width": 1.5, "dash": "dash"},
+    }
+    layout = _layout(
+        xaxis=_axis(type="date", showgrid=False),
+        yaxis=_axis(side="right", tickformat=".2f"),
+        shapes=[even],
+        hovermode="x",
+        margin={"l": 10, "r": 54, "t": 8, "b": 44},
+    )
     return {"data": [band, line] if steps else [], "layout": layout}
 
 # %% ../../nbs/10_dashboard/01_figures.ipynb #9cc7f02f
 def promise_figure(record: Plain) -> Plain:
     "How often ranges held and directions were right, each with its interval and what was promised."
-    shares = [(f"{p} % range", p, record["coverage"][f"cov{p}"]) for p in (95, 80, 50)] + [("direction", 50, record["hit"])]
+    shares = [(f"{p} % range", p, record["coverage"][f"cov{p}"]) for p in (95, 80, 50)] + [
+        ("direction", 50, record["hit"])
+    ]
     known = [(name, promise, s) for name, promise, s in shares if s["n"]]
     names, seen = [name for name, _, _ in known], [100 * s["share"] for _, _, s in known]
-    reach = {"type": "data", "symmetric": False, "array": [100 * (s["high"] - s["share"]) for _, _, s in known], "arrayminus": [100 * (s["share"] - s["low"]) for _, _, s in known], "color": DARK["range"], "thickness": 3, "width": 0}
-    dots = {"type": "scatter", "mode": "markers", "name": "", "x": seen, "y": names, "error_x": reach, "marker": {"size": 11, "color": DARK["range"]}, "hovertemplate": "%{y}: %{x:.1f} %"}
-    promised = {"type": "scatter", "mode": "markers", "name": "promise", "x": [p for _, p, _ in known], "y": names, "marker": {"symbol": "diamond-open", "size": 13, "color": DARK["accent"], "line": {"width": 2}}, "hovertemplate": "promised: %{x} %<extra></extra>"}
-    layout = _layout(xaxis=_axis(range=[30, 101], ticksuffix=" %"), yaxis=_axis(showgrid=False, automargin=True), margin={"l": 90, "r": 20, "t": 8, "b": 30})
+    reach = {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * (s["high"] - s["share"]) for _, _, s in known],
+        "arrayminus": [100 * (s["share"] - s["low"]) for _, _, s in known],
+        "color": DARK["range"],
+        "thickness": 3,
+        "width": 0,
+    }
+    dots = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "",
+        "x": seen,
+        "y": names,
+        "error_x": reach,
+        "marker": {"size": 11, "color": DARK["range"]},
+        "hovertemplate": "%{y}: %{x:.1f} %",
+    }
+    promised = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "promise",
+        "x": [p for _, p, _ in known],
+        "y": names,
+        "marker": {"symbol": "diamond-open", "size": 13, "color": DARK["accent"], "line": {"width": 2}},
+        "hovertemplate": "promised: %{x} %<extra></extra>",
+    }
+    layout = _layout(
+        xaxis=_axis(range=[30, 101], ticksuffix=" %"),
+        yaxis=_axis(showgrid=False, automargin=True),
+        margin={"l": 90, "r": 20, "t": 8, "b": 30},
+    )
     return {"data": [dots, promised], "layout": layout}

@@ -37,9 +37,19 @@ class Dashboard(W.VBox):
 
     def __init__(self, api: PlainClient, pair: str = "") -> None:
         self.feed = Feed(api, pair)
-        self.top, self.note, self.picker, self.live = make_html(), make_html(), make_box([make_picker(self.feed)], kind=W.VBox), Live(self.feed)
+        self.top, self.note, self.picker, self.live = (
+            make_html(),
+            make_html(),
+            make_box([make_picker(self.feed)], kind=W.VBox),
+            Live(self.feed),
+        )
         self.account = AccountView(self.feed, lambda: spawn(self._someone_else()))
-        self.views: dict[str, W.Widget] = {"Forecast": ForecastView(self.feed), "Track record": RecordView(self.feed), "Account": self.account, "Admin": AdminView(self.feed)}
+        self.views: dict[str, W.Widget] = {
+            "Forecast": ForecastView(self.feed),
+            "Track record": RecordView(self.feed),
+            "Account": self.account,
+            "Admin": AdminView(self.feed),
+        }
         self.nav = W.ToggleButtons(options=["Forecast", "Track record", "Account"])
         self.nav.add_class("mur-nav")
         self.nav.observe(lambda _: self._turn(), "value")
@@ -86,6 +96,8 @@ def open_dashboard(environment: dict[str, str] | None = None) -> Dashboard:
     W.register_comm_target()  # a forked process has imported ipywidgets before there was a kernel to tell
     env = os.environ if environment is None else environment
     file = Path(env.get("MKRICH_TOKEN_FILE", ""))
-    token = file.read_text().strip() if file.is_file() else env.get("HTTP_X_MUR_TOKEN", "")  # the front door knows who it is
+    token = (
+        file.read_text().strip() if file.is_file() else env.get("HTTP_X_MUR_TOKEN", "")
+    )  # the front door knows who it is
     pair = parse_qs(env.get("QUERY_STRING", "")).get("pair", [""])[0].upper()
     return Dashboard(PlainClient(env.get("MKRICH_API_URL", "http://127.0.0.1:8750"), token), pair)

@@ -39,7 +39,13 @@ if TYPE_CHECKING:
     from make_us_rich.core.settings import Settings
 
 # %% ../../nbs/10_dashboard/07_server.ipynb #87e93ab6
-WARM = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "make_us_rich.dashboard")  # what a viewer's process has loaded when it begins
+WARM = (
+    "ipykernel.kernelapp",
+    "ipykernel.ipkernel",
+    "ipykernel.zmqshell",
+    "ipykernel.debugger",
+    "make_us_rich.dashboard",
+)  # what a viewer's process has loaded when it begins
 
 
 EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"]
@@ -47,8 +53,12 @@ EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-
 
 def _facts_of(manager: Any, kernel: str) -> Plain:
     try:
-        leaving = getattr(manager.get_kernel(kernel), "shutting_down", False)  # its page said goodbye, a reload for instance
-        return dict(manager.kernel_model(kernel)) | ({"connections": 0, "execution_state": "busy", "leaving": True} if leaving else {})
+        leaving = getattr(
+            manager.get_kernel(kernel), "shutting_down", False
+        )  # its page said goodbye, a reload for instance
+        return dict(manager.kernel_model(kernel)) | (
+            {"connections": 0, "execution_state": "busy", "leaving": True} if leaving else {}
+        )
     except (AttributeError, KeyError):  # it is being started just now
         return {"connections": 1}
 
@@ -58,7 +68,11 @@ def _places(manager: Any, viewers: int) -> tuple[bool, list[str]]:
     kernels = {each: _facts_of(manager, each) for each in manager.list_kernel_ids()}
     alone = {each: facts for each, facts in kernels.items() if not facts["connections"]}
     now, once = datetime.now(UTC).isoformat(), getattr(manager, "_kernel_buffers", {})  # those that had a viewer once
-    quiet = [each for each, facts in alone.items() if facts["execution_state"] != "busy" and minutes_between(facts["last_activity"], now) > 0.3]
+    quiet = [
+        each
+        for each, facts in alone.items()
+        if facts["execution_state"] != "busy" and minutes_between(facts["last_activity"], now) > 0.3
+    ]
     left = {each for each, facts in alone.items() if each in once or "leaving" in facts} | set(quiet)
     return len(kernels) - len(left) < viewers, quiet if len(kernels) >= viewers else []
 
@@ -86,11 +100,33 @@ def voila_config(options: Plain) -> Plain:
     "Voila's settings, from the options of `start_dashboard`."
     quiet = {"cull_interval": max(1, min(10, options["idle"] // 3)), "cull_idle_timeout": options["idle"]}
     page = {
-        "template": "makeusrich", "theme": "dark", "allow_template_override": "NO", "allow_theme_override": "NO", "show_tracebacks": False,
-        "http_header_envs": ["X-Mur-Token"], "file_allowlist": [], "file_denylist": [".*"], "extension_allowlist": EXTENSIONS, "prelaunch_hook": _limit(options["viewers"]),
+        "template": "makeusrich",
+        "theme": "dark",
+        "allow_template_override": "NO",
+        "allow_theme_override": "NO",
+        "show_tracebacks": False,
+        "http_header_envs": ["X-Mur-Token"],
+        "file_allowlist": [],
+        "file_denylist": [".*"],
+        "extension_allowlist": EXTENSIONS,
+        "prelaunch_hook": _limit(options["viewers"]),
     }
-    server = {"ip": options["host"], "port": options["port"], "port_retries": 0, "base_url": options["base_url"], "token": options["token"], "open_browser": False, "log_level": 40}
-    return {"Voila": server, "VoilaConfiguration": page, "MappingKernelManager": quiet, "AsyncMappingKernelManager": quiet, "KernelManager": {"transport": "ipc"}}
+    server = {
+        "ip": options["host"],
+        "port": options["port"],
+        "port_retries": 0,
+        "base_url": options["base_url"],
+        "token": options["token"],
+        "open_browser": False,
+        "log_level": 40,
+    }
+    return {
+        "Voila": server,
+        "VoilaConfiguration": page,
+        "MappingKernelManager": quiet,
+        "AsyncMappingKernelManager": quiet,
+        "KernelManager": {"transport": "ipc"},
+    }
 
 
 def quiet_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -107,7 +143,9 @@ def _voila() -> None:
     from voila.app import Voila
 
     options = json.loads(sys.stdin.readline())
-    atexit.register(shutil.rmtree, Path(options["notebook"]).parents[1], ignore_errors=True)  # the starter may be gone by then
+    atexit.register(
+        shutil.rmtree, Path(options["notebook"]).parents[1], ignore_errors=True
+    )  # the starter may be gone by then
     logging.setLogRecordFactory(quiet_record)
     if sys.platform == "linux":
         local_provisioner.launch_kernel = launch_from(ForkServer(WARM), local_provisioner.launch_kernel)
@@ -134,9 +172,18 @@ def find_notebook() -> Path:
     from make_us_rich.core.settings import SettingsError
 
     package = FILES.parents[1]
-    found = next((p for p in (package.parent / "nbs" / "pages" / "dashboard.ipynb", package / "notebooks" / "dashboard.ipynb") if p.is_file()), None)
+    found = next(
+        (
+            p
+            for p in (package.parent / "nbs" / "pages" / "dashboard.ipynb", package / "notebooks" / "dashboard.ipynb")
+            if p.is_file()
+        ),
+        None,
+    )
     if found is None:
-        raise SettingsError(f"dashboard.ipynb is neither in {package.parent / 'nbs' / 'pages'} nor in {package / 'notebooks'}; install make-us-rich again")
+        raise SettingsError(
+            f"dashboard.ipynb is neither in {package.parent / 'nbs' / 'pages'} nor in {package / 'notebooks'}; install make-us-rich again"
+        )
     return found
 
 
@@ -154,7 +201,15 @@ def _prepare(folder: Path) -> None:
 
 # %% ../../nbs/10_dashboard/07_server.ipynb #b6ffaf9f
 def start_dashboard(
-    settings: "Settings", *, api_url: str = "", host: str = "127.0.0.1", port: int = 8866, token: str | None = None, viewers: int = 8, base_url: str = "/", idle: int = 60,
+    settings: "Settings",
+    *,
+    api_url: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8866,
+    token: str | None = None,
+    viewers: int = 8,
+    base_url: str = "/",
+    idle: int = 60,
     errors: Any = None,
 ) -> Running:
     "Start the page server in a process of its own. `token` opens the page: None makes a secret one in local mode and none where people log in; `errors` is a file for what it says."
@@ -163,15 +218,42 @@ def start_dashboard(
     api_url, local = api_url or f"http://{settings.host}:{settings.port}", (settings.home / "local-token").resolve()
     near = urlsplit(api_url).hostname in ("127.0.0.1", "localhost", "::1") and local.is_file()
     if near and (token == "" or host not in ("127.0.0.1", "localhost", "::1")):
-        raise SettingsError(f"in local mode the page acts for you, so it needs a secret and a loopback address, not {host}; make users first: mkrich users add NAME")
+        raise SettingsError(
+            f"in local mode the page acts for you, so it needs a secret and a loopback address, not {host}; make users first: mkrich users add NAME"
+        )
     secret = (secrets.token_urlsafe(24) if near else "") if token is None else token
     folder = Path(tempfile.mkdtemp(prefix="mur-page-"))
     _prepare(folder)
-    own = {"JUPYTER_PATH": str(folder / "share"), "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "run"), "IPYTHONDIR": str(folder / "ipython")}
-    own |= {"MKRICH_API_URL": api_url, "MKRICH_TOKEN_FILE": str(local) if near else "", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2))}
-    kept = {name: value for name, value in without_secrets(os.environ).items() if not name.startswith(("MUR_", "AWS_", "WANDB_"))}
-    options = {"notebook": str(folder / "page" / "dashboard.ipynb"), "host": host, "port": port, "token": secret, "viewers": viewers, "base_url": base_url, "idle": idle}
-    process = start_with_parent(_voila, patience=15, stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=kept | own, cwd=folder)
+    own = {
+        "JUPYTER_PATH": str(folder / "share"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "run"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+    own |= {
+        "MKRICH_API_URL": api_url,
+        "MKRICH_TOKEN_FILE": str(local) if near else "",
+        "OMP_NUM_THREADS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2)),
+    }
+    kept = {
+        name: value
+        for name, value in without_secrets(os.environ).items()
+        if not name.startswith(("MUR_", "AWS_", "WANDB_"))
+    }
+    options = {
+        "notebook": str(folder / "page" / "dashboard.ipynb"),
+        "host": host,
+        "port": port,
+        "token": secret,
+        "viewers": viewers,
+        "base_url": base_url,
+        "idle": idle,
+    }
+    process = start_with_parent(
+        _voila, patience=15, stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=kept | own, cwd=folder
+    )
     url = f"http://{host}:{port}{base_url}"
     running = Running(process, url + (f"?token={secret}" if secret else ""), url, folder)
     assert process.stdin is not None
@@ -192,7 +274,9 @@ def _await(running: Running, host: str, port: int, seconds: float = 60) -> None:
         except OSError:
             time.sleep(0.1)
     running.stop()
-    raise SettingsError(f"the page server did not start on {host}:{port}; choose another port, and see what it said above")
+    raise SettingsError(
+        f"the page server did not start on {host}:{port}; choose another port, and see what it said above"
+    )
 
 
 def run_dashboard(settings: "Settings", say: Callable[[str], Any] = print, **options: Any) -> None:

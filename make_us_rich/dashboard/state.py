@@ -70,7 +70,10 @@ class Feed:
         names = [line["pair"] for line in self.pairs]
         if names:
             self.pair = self.pair if self.pair in names else names[0]
-            asks = (self.api.ask("GET", f"/v1/candles/{self.pair}"), self.api.ask("GET", f"/v1/forecasts/{self.pair}/history?limit=130"))
+            asks = (
+                self.api.ask("GET", f"/v1/candles/{self.pair}"),
+                self.api.ask("GET", f"/v1/forecasts/{self.pair}/history?limit=130"),
+            )
             candles, history = await asyncio.gather(*asks)
             if mine == self.asked:
                 self.candles, self.history = candles, history
@@ -94,8 +97,11 @@ class Feed:
 
 # %% ../../nbs/10_dashboard/02_state.ipynb #d25ccb6b
 REMEDIES = {
-    401: "Log in again, under Account.", 403: "Ask whoever runs this service for the right to see it.", 429: "Updates go on when calls are allowed again.",
-    0: "It is asked again every few seconds; this page goes on by itself.", 503: "It is asked again every few seconds; this page goes on by itself.",
+    401: "Log in again, under Account.",
+    403: "Ask whoever runs this service for the right to see it.",
+    429: "Updates go on when calls are allowed again.",
+    0: "It is asked again every few seconds; this page goes on by itself.",
+    503: "It is asked again every few seconds; this page goes on by itself.",
 }
 
 
@@ -105,10 +111,15 @@ def banner(feed: Feed) -> str:
     old = f" What is shown was asked for {age(since)} ago." if feed.at else " There is nothing to show yet."
     if feed.trouble is not None:
         heads = {0: "No connection", 401: "Not logged in", 429: "No calls left for now", 403: "Not allowed"}
-        sentence, remedy = str(feed.trouble), REMEDIES.get(feed.trouble.status, "If this stays, tell whoever runs this service.")
+        sentence, remedy = (
+            str(feed.trouble),
+            REMEDIES.get(feed.trouble.status, "If this stays, tell whoever runs this service."),
+        )
         return f'<div class="mur-banner mur-error" role="alert"><b>{heads.get(feed.trouble.status, "No new data")}</b>{esc(sentence[:1].upper() + sentence[1:])}. {remedy}{old}</div>'
     if feed.slow:
-        return f'<div class="mur-banner" role="status"><b>The API is slow</b>An answer takes longer than usual.{old}</div>'
+        return (
+            f'<div class="mur-banner" role="status"><b>The API is slow</b>An answer takes longer than usual.{old}</div>'
+        )
     forecast = feed.forecast or {}
     if forecast.get("as_of") and feed.now and (late := minutes_between(forecast["as_of"], feed.now)) > 65:
         return f'<div class="mur-banner" role="status"><b>Old data</b>The newest candle of {esc(base_quote(feed.pair))} closed {age(late)} ago.</div>'

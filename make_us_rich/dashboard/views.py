@@ -9,6 +9,7 @@ __all__ = ['ForecastView', 'PairDashboard', 'RecordView', 'LoginView', 'AccountV
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ipywidgets as W
@@ -17,11 +18,28 @@ from ..api.client import Plain, PlainClient, Trouble
 from .figures import base_quote, esc, forecast_figure, promise_figure, skill_figure, when
 from .state import Feed, banner, spawn
 from make_us_rich.dashboard.cards import (
-    fees_sentence, forecast_card, health_table, history_table, rules, runs_table, snippets, tiles, token_line,
-    usage_card, version_line,
+    fees_sentence,
+    forecast_card,
+    health_table,
+    history_table,
+    rules,
+    runs_table,
+    snippets,
+    tiles,
+    token_line,
+    usage_card,
+    version_line,
 )
 from make_us_rich.dashboard.widgets import (
-    Chart, Live, attempt, legend_html, make_box, make_button, make_field, make_html, make_picker,
+    Chart,
+    Live,
+    attempt,
+    legend_html,
+    make_box,
+    make_button,
+    make_field,
+    make_html,
+    make_picker,
 )
 
 # %% ../../nbs/10_dashboard/05_views.ipynb #23c36495
@@ -66,11 +84,46 @@ class RecordView(W.VBox):
 
     def __init__(self, feed: Feed) -> None:
         self.feed, self.loaded = feed, ("", 0.0)
-        self.tiles, self.rules, self.table, self.note = make_html(), make_html("", "mur-panel"), make_html("", "mur-panel"), make_html()
+        self.tiles, self.rules, self.table, self.note = (
+            make_html(),
+            make_html("", "mur-panel"),
+            make_html("", "mur-panel"),
+            make_html(),
+        )
         self.skill, self.promise = Chart(height="260px"), Chart(height="260px")
-        skill = make_box([make_html("<h2>Loss of the ranges against no change, trailing week</h2>"), self.skill, make_html('<p class="mur-fine">Below 1 (dashed: no change) is better. The band holds the true ratio 95 times of 100.</p>')], "mur-panel", kind=W.VBox)
-        kept = make_box([make_html("<h2>Promise and delivery</h2>"), self.promise, make_html('<p class="mur-fine">Dot and bar: what happened, with its 95 % interval. Diamond: what was promised.</p>')], "mur-panel", kind=W.VBox)
-        super().__init__([self.note, self.tiles, make_box([skill, kept], "mur-two"), make_html("<br>"), self.rules, make_html("<br>"), self.table])
+        skill = make_box(
+            [
+                make_html("<h2>Loss of the ranges against no change, trailing week</h2>"),
+                self.skill,
+                make_html(
+                    '<p class="mur-fine">Below 1 (dashed: no change) is better. The band holds the true ratio 95 times of 100.</p>'
+                ),
+            ],
+            "mur-panel",
+            kind=W.VBox,
+        )
+        kept = make_box(
+            [
+                make_html("<h2>Promise and delivery</h2>"),
+                self.promise,
+                make_html(
+                    '<p class="mur-fine">Dot and bar: what happened, with its 95 % interval. Diamond: what was promised.</p>'
+                ),
+            ],
+            "mur-panel",
+            kind=W.VBox,
+        )
+        super().__init__(
+            [
+                self.note,
+                self.tiles,
+                make_box([skill, kept], "mur-two"),
+                make_html("<br>"),
+                self.rules,
+                make_html("<br>"),
+                self.table,
+            ]
+        )
 
     def visit(self) -> None:
         "Ask for the record, unless it is there."
@@ -94,10 +147,26 @@ class LoginView(W.VBox):
 
     def __init__(self, api: PlainClient, entered: Callable[[], Any]) -> None:
         self.api, self.entered, self.note = api, entered, make_html()
-        self.name, self.password, self.token = make_field(W.Text, "Name"), make_field(W.Password, "Password"), make_field(W.Password, "Token", "mur_...")
-        one = [make_html("<h2>Log in</h2>"), self.name, self.password, make_button("Log in", self._by_password, "mur-do")]
+        self.name, self.password, self.token = (
+            make_field(W.Text, "Name"),
+            make_field(W.Password, "Password"),
+            make_field(W.Password, "Token", "mur_..."),
+        )
+        one = [
+            make_html("<h2>Log in</h2>"),
+            self.name,
+            self.password,
+            make_button("Log in", self._by_password, "mur-do"),
+        ]
         other = [make_html("<h2>Or use a token</h2>"), self.token, make_button("Use token", self._by_token, "mur-do")]
-        super().__init__([make_box([make_box(one, "mur-panel", kind=W.VBox), make_box(other, "mur-panel", kind=W.VBox)], "mur-two"), self.note])
+        super().__init__(
+            [
+                make_box(
+                    [make_box(one, "mur-panel", kind=W.VBox), make_box(other, "mur-panel", kind=W.VBox)], "mur-two"
+                ),
+                self.note,
+            ]
+        )
 
     def _say(self, text: str) -> None:
         self.note.value = text
@@ -133,12 +202,35 @@ class AccountView(W.VBox):
 
     def __init__(self, feed: Feed, changed: Callable[[], Any]) -> None:
         self.feed, self.api, self.changed, self.me = feed, feed.api, changed, Plain()
-        self.login, self.note, self.who, self.code = LoginView(feed.api, changed), make_html(), make_html(), make_html("", "mur-panel")
-        self.name, self.days, self.fresh, self.list = make_field(W.Text, "What it is for", "phone"), make_field(W.Text, "Days it lives (empty: no end)", "90"), make_html(), W.VBox()
+        self.login, self.note, self.who, self.code = (
+            LoginView(feed.api, changed),
+            make_html(),
+            make_html(),
+            make_html("", "mur-panel"),
+        )
+        self.name, self.days, self.fresh, self.list = (
+            make_field(W.Text, "What it is for", "phone"),
+            make_field(W.Text, "Days it lives (empty: no end)", "90"),
+            make_html(),
+            W.VBox(),
+        )
         door = '<p class="mur-fine"><a href="/session/login">Log out of this browser</a>: the page forgets you, and so does the front door.</p>'
         front = [make_html(door)] if os.environ.get("HTTP_X_MUR_TOKEN") else []
-        one = make_box([self.who, *front] if front else [self.who, make_button("Log out", self._leave)], "mur-panel", kind=W.VBox)
-        two = make_box([make_html("<h2>Your tokens</h2>"), self.list, self.name, self.days, make_button("Make a token", self._make, "mur-do"), self.fresh], "mur-panel", kind=W.VBox)
+        one = make_box(
+            [self.who, *front] if front else [self.who, make_button("Log out", self._leave)], "mur-panel", kind=W.VBox
+        )
+        two = make_box(
+            [
+                make_html("<h2>Your tokens</h2>"),
+                self.list,
+                self.name,
+                self.days,
+                make_button("Make a token", self._make, "mur-do"),
+                self.fresh,
+            ],
+            "mur-panel",
+            kind=W.VBox,
+        )
         self.inside = W.VBox([make_box([one, two], "mur-two"), make_html("<br>"), self.code])
         super().__init__([self.login, self.inside, self.note])
         self.show()
@@ -158,7 +250,10 @@ class AccountView(W.VBox):
         try:
             if self.api.token:
                 self.me = await self.api.ask("GET", "/v1/me")
-                self.who.value, self.code.value = usage_card(self.me), snippets(self.api.url, self.feed.pair or "BTC_USDT")
+                self.who.value, self.code.value = (
+                    usage_card(self.me),
+                    snippets(self.api.url, self.feed.pair or "BTC_USDT"),
+                )
         finally:
             self.show()
 
@@ -174,11 +269,18 @@ class AccountView(W.VBox):
 
     async def _tokens(self) -> None:
         living = [t for t in (await self.api.ask("GET", "/v1/me/tokens"))["tokens"] if not t["revoked_at"]]
-        self.list.children = [make_box([make_html(token_line(t)), make_button("Revoke", lambda t=t: self._revoke(t["id"]))], "mur-row") for t in living]  # type: ignore[misc]
+        self.list.children = [
+            make_box([make_html(token_line(t)), make_button("Revoke", partial(self._revoke, t["id"]))], "mur-row")
+            for t in living
+        ]
 
     def _make(self) -> None:
         days = self.days.value.strip()
-        spawn(attempt(self.say, self._made({"name": self.name.value.strip(), "days": int(days) if days.isdigit() else None})))
+        spawn(
+            attempt(
+                self.say, self._made({"name": self.name.value.strip(), "days": int(days) if days.isdigit() else None})
+            )
+        )
 
     async def _made(self, body: Plain) -> None:
         made = await self.api.ask("POST", "/v1/me/tokens", body)
@@ -208,11 +310,35 @@ class AdminView(W.VBox):
         self.feed, self.api, self.note = feed, feed.api, make_html()
         self.health, self.users, self.models, self.title = make_html("", "mur-panel"), W.VBox(), W.VBox(), make_html()
         self.runs = make_html("", "mur-panel")
-        self.name, self.password, self.reason = make_field(W.Text, "Name"), make_field(W.Password, "Password (12 characters or more)"), make_field(W.Text, "Why go back", "ranges were too narrow")
+        self.name, self.password, self.reason = (
+            make_field(W.Text, "Name"),
+            make_field(W.Password, "Password (12 characters or more)"),
+            make_field(W.Text, "Why go back", "ranges were too narrow"),
+        )
         self.role = W.Dropdown(description="Role", options=["member", "admin"], style={"description_width": "initial"})
-        people = make_box([make_html("<h2>Users</h2>"), self.users, self.name, self.password, self.role, make_button("Add user", self._add, "mur-do")], "mur-panel", kind=W.VBox)
+        people = make_box(
+            [
+                make_html("<h2>Users</h2>"),
+                self.users,
+                self.name,
+                self.password,
+                self.role,
+                make_button("Add user", self._add, "mur-do"),
+            ],
+            "mur-panel",
+            kind=W.VBox,
+        )
         versions = make_box([self.title, self.reason, self.models], "mur-panel", kind=W.VBox)
-        super().__init__([self.note, make_box([people, versions], "mur-two"), make_html("<br>"), self.runs, make_html("<br>"), self.health])
+        super().__init__(
+            [
+                self.note,
+                make_box([people, versions], "mur-two"),
+                make_html("<br>"),
+                self.runs,
+                make_html("<br>"),
+                self.health,
+            ]
+        )
 
     def say(self, text: str) -> None:
         "Show a sentence above everything."
@@ -229,7 +355,9 @@ class AdminView(W.VBox):
         self.health.value, self.runs.value = health_table(self.feed, status), runs_table((runs or {}).get("runs", []))
         pair, self.title.value = self.feed.pair, f"<h2>Models of {esc(base_quote(self.feed.pair))}</h2>"
         versions = (await self.api.ask("GET", f"/v1/models/{pair}"))["versions"]
-        self.models.children = [self._version(pair, version) for version in versions[:12]] or [make_html('<p class="mur-fine">No version is published yet.</p>')]
+        self.models.children = [self._version(pair, version) for version in versions[:12]] or [
+            make_html('<p class="mur-fine">No version is published yet.</p>')
+        ]
 
     async def _or_none(self, path: str) -> Plain | None:
         try:
@@ -240,14 +368,29 @@ class AdminView(W.VBox):
     def _user(self, user: Plain) -> W.Box:
         text = f'<b>{esc(user["name"])}</b> <span class="mur-soft">{esc(user["role"])}{", locked out" if user["disabled"] else ""}</span><br><span class="mur-fine">{user["monthly_calls"]:,} calls a month, since {when(user["created_at"])}</span>'
         change = {"disabled": not user["disabled"]}
-        return make_box([make_html(text), make_button("Let in" if user["disabled"] else "Lock out", lambda: self._do("PUT", f"/v1/users/{user['name']}", change))], "mur-row")
+        return make_box(
+            [
+                make_html(text),
+                make_button(
+                    "Let in" if user["disabled"] else "Lock out",
+                    lambda: self._do("PUT", f"/v1/users/{user['name']}", change),
+                ),
+            ],
+            "mur-row",
+        )
 
     def _version(self, pair: str, version: Plain) -> W.Box:
         def back() -> None:
-            self._do("POST", f"/v1/models/{pair}/rollback", {"version": version["version"], "reason": self.reason.value.strip() or "from the dashboard"})
+            self._do(
+                "POST",
+                f"/v1/models/{pair}/rollback",
+                {"version": version["version"], "reason": self.reason.value.strip() or "from the dashboard"},
+            )
 
         usable = version["usable"] and not version["champion"]
-        return make_box([make_html(version_line(version)), *([make_button("Go back to it", back)] if usable else [])], "mur-row")
+        return make_box(
+            [make_html(version_line(version)), *([make_button("Go back to it", back)] if usable else [])], "mur-row"
+        )
 
     def _add(self) -> None:
         body = {"name": self.name.value.strip(), "password": self.password.value or None, "role": self.role.value}

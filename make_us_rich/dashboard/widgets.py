@@ -126,13 +126,18 @@ def make_box(children: list[W.Widget], *names: str, kind: type[W.Box] = W.Box) -
 
 # %% ../../nbs/10_dashboard/04_widgets.ipynb #e0e7d007
 LEGEND = (
-    ("b80", "range of the next hour: 50, 80, 95 %"), ("far80", "scaled to 24 h with the square root of time: a guess, not a forecast"),
-    ("held", "past 80 % range that held"), ("missed", "past 80 % range that missed"),
+    ("b80", "range of the next hour: 50, 80, 95 %"),
+    ("far80", "scaled to 24 h with the square root of time: a guess, not a forecast"),
+    ("held", "past 80 % range that held"),
+    ("missed", "past 80 % range that missed"),
 )
 
 
 def legend_html() -> str:
-    dark = "".join(f'<span><i style="background:light-dark({COLOURS[c][1]},{COLOURS[c][0]})"></i>{text}</span>' for c, text in LEGEND)
+    dark = "".join(
+        f'<span><i style="background:light-dark({COLOURS[c][1]},{COLOURS[c][0]})"></i>{text}</span>'
+        for c, text in LEGEND
+    )
     return f'<div class="mur-legend">{dark}</div>'
 
 
@@ -161,11 +166,15 @@ async def attempt(say: Callable[[str], None], work: Coroutine[Any, Any, None]) -
     except Trouble as trouble:
         say(f'<p class="mur-down" role="alert">{esc(str(trouble))}</p>')
     except Exception:
-        say('<p class="mur-down" role="alert">Something went wrong here. Reload the page; if it stays, tell whoever runs this service.</p>')
+        say(
+            '<p class="mur-down" role="alert">Something went wrong here. Reload the page; if it stays, tell whoever runs this service.</p>'
+        )
 
 # %% ../../nbs/10_dashboard/04_widgets.ipynb #bd7ee287
 def make_field(kind: type[W.Widget], label: str, placeholder: str = "") -> W.Widget:
-    return kind(description=label, placeholder=placeholder, continuous_update=True, style={"description_width": "initial"})
+    return kind(
+        description=label, placeholder=placeholder, continuous_update=True, style={"description_width": "initial"}
+    )
 
 
 def make_button(text: str, deed: Callable[[], None], name: str = "mur-less") -> W.Button:

@@ -20,7 +20,12 @@ import pandas as pd
 from ..core.settings import CandleError, SettingsError, log
 from ..market.series import Interval, Pair
 from make_us_rich.market.candles import (
-    SAMPLE_PAIRS, clean_candles, load_sample, log_returns, next_returns, read_candles,
+    SAMPLE_PAIRS,
+    clean_candles,
+    load_sample,
+    log_returns,
+    next_returns,
+    read_candles,
 )
 from ..market.candle_store import CandleStore
 from ..models.baselines import MEDIAN, RANGES, Base
@@ -29,7 +34,15 @@ from .scores import Scores, coverage, crps, dm_test, evaluate, hit_rate, pit_cou
 from .calibration import online_width, widen
 from .plots import new_figure, set_title
 from make_us_rich.evaluation.walk import (
-    POOLED_NAMES, Block, Pool, block_path, contenders, forecast_block, keep_block, plan_blocks, read_block,
+    POOLED_NAMES,
+    Block,
+    Pool,
+    block_path,
+    contenders,
+    forecast_block,
+    keep_block,
+    plan_blocks,
+    read_block,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +73,9 @@ class BacktestReport:
     @functools.cached_property
     def served(self) -> dict[str, np.ndarray]:
         "The forecasts with the online width."
-        return {name: widen(Q, online_width(self.frame, self.rows, Q, self.interval)) for name, Q in self.forecasts.items()}
+        return {
+            name: widen(Q, online_width(self.frame, self.rows, Q, self.interval)) for name, Q in self.forecasts.items()
+        }
 
     @functools.cached_property
     def scores(self) -> Scores:
@@ -74,9 +89,18 @@ class BacktestReport:
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #0ef15fb4
 def backtest(
-    frame: pd.DataFrame, models: Sequence[str] | Mapping[str, Any], since: str | pd.Timestamp = "", until: str | pd.Timestamp | None = None,
-    refit_every: str = "7D", interval: str | Interval = "1h", out: Path | str | None = None,
-    progress: Callable[[int, int, str], None] | None = None, *, history: int = 8760, pair: str = "", pool: Pool | None = None,
+    frame: pd.DataFrame,
+    models: Sequence[str] | Mapping[str, Any],
+    since: str | pd.Timestamp = "",
+    until: str | pd.Timestamp | None = None,
+    refit_every: str = "7D",
+    interval: str | Interval = "1h",
+    out: Path | str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    history: int = 8760,
+    pair: str = "",
+    pool: Pool | None = None,
 ) -> BacktestReport:
     "Walk forward over checked candles: refit each model every `refit_every`, forecast each hour from what was known; resumable in `out`."
     step, asked = Interval.parse(interval), contenders(models, interval, pool)
@@ -95,7 +119,9 @@ def backtest(
     if progress:
         progress(len(asked) * len(blocks), len(asked) * len(blocks), "done")
     rows = np.concatenate([block.rows for block in blocks])
-    return BacktestReport(frame, rows, {name: np.concatenate(parts) for name, parts in found.items()}, blocks, step, pair)
+    return BacktestReport(
+        frame, rows, {name: np.concatenate(parts) for name, parts in found.items()}, blocks, step, pair
+    )
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #7db259c5
 def skill_table(report: BacktestReport) -> pd.DataFrame:
@@ -103,7 +129,16 @@ def skill_table(report: BacktestReport) -> pd.DataFrame:
     table = report.scores.table.drop(index=["base", "naive"], errors="ignore")
     ratio, t = table["crps/base"].astype(float), table["dm_t"].astype(float)
     error = (1.96 * (ratio - 1) / t.where(t != 0)).abs().fillna(0.0)
-    found = pd.DataFrame({"hours": table["n"], "CRPS / base": ratio, "low": ratio - error, "high": ratio + error, "t": t, "p": table["dm_p"]})
+    found = pd.DataFrame(
+        {
+            "hours": table["n"],
+            "CRPS / base": ratio,
+            "low": ratio - error,
+            "high": ratio + error,
+            "t": t,
+            "p": table["dm_p"],
+        }
+    )
     found = found.join(table[["mae/naive", "rmse/naive", "hit", "hit_low", "hit_high"]])
     for percent in RANGES:
         found[f"{percent} % held"] = table[f"cov{percent}"]
@@ -114,7 +149,9 @@ def skill_table(report: BacktestReport) -> pd.DataFrame:
 def against(report: BacktestReport, name: str) -> pd.DataFrame:
     "`name` against every other model and the base on the same hours: CRPS ratio with interval, t, p, and a verdict in words."
     if name not in report.forecasts:
-        raise SettingsError(f"there is no {name!r} in this backtest, only {', '.join(report.forecasts)}; name one of them", "peer")
+        raise SettingsError(
+            f"there is no {name!r} in this backtest, only {', '.join(report.forecasts)}; name one of them", "peer"
+        )
     mine, lines = crps(report.y, report.forecasts[name]), {}
     for other, Q in {**report.forecasts, "base": report.base}.items():
         if other == name:
@@ -123,8 +160,19 @@ def against(report: BacktestReport, name: str) -> pd.DataFrame:
         t, p = dm_test(mine - theirs)
         ratio = mine.mean() / theirs.mean()
         error = abs(1.96 * (ratio - 1) / t) if t else 0.0
-        word = "no difference that these hours can show" if abs(t) < 1.96 else f"{name} is {'better' if t < 0 else 'worse'}"
-        lines[other] = {"CRPS ratio": ratio, "low": ratio - error, "high": ratio + error, "t": t, "p": p, "verdict": word}
+        word = (
+            "no difference that these hours can show"
+            if abs(t) < 1.96
+            else f"{name} is {'better' if t < 0 else 'worse'}"
+        )
+        lines[other] = {
+            "CRPS ratio": ratio,
+            "low": ratio - error,
+            "high": ratio + error,
+            "t": t,
+            "p": p,
+            "verdict": word,
+        }
     return pd.DataFrame(lines).T.infer_objects().rename_axis("against")
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #b4494c57
@@ -140,11 +188,20 @@ def duels(report: BacktestReport) -> pd.DataFrame:
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #0a144c6b
 def coverage_by_volatility(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
     "Share held in quiet, usual and loud hours (thirds of the volatility known when the forecast was made), and the spread between them."
-    volatility = np.sqrt(decayed_mean(candle_variance(report.frame, log_returns(report.frame, report.interval)), 24))[report.rows]
+    volatility = np.sqrt(decayed_mean(candle_variance(report.frame, log_returns(report.frame, report.interval)), 24))[
+        report.rows
+    ]
     third = np.searchsorted(np.quantile(volatility, [1 / 3, 2 / 3]), volatility)
     found = {}
-    for name, Q in {"base": report.base, **report.forecasts, **{f"{name}, served": Q for name, Q in report.served.items()}}.items():
-        found[name] = {part: coverage(report.y[third == i], Q[third == i], percent) for i, part in enumerate(("quiet", "usual", "loud"))}
+    for name, Q in {
+        "base": report.base,
+        **report.forecasts,
+        **{f"{name}, served": Q for name, Q in report.served.items()},
+    }.items():
+        found[name] = {
+            part: coverage(report.y[third == i], Q[third == i], percent)
+            for i, part in enumerate(("quiet", "usual", "loud"))
+        }
     table = pd.DataFrame(found).T
     return table.assign(spread=table.max(axis=1) - table.min(axis=1))
 
@@ -161,7 +218,20 @@ def coverage_by_week(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
     return table.set_axis(report.issued.groupby(weeks).first()[: len(table)].dt.date, axis=0).rename_axis("week of")
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #c5b91c1d
-_COLOURS = ("#1f5fbf", "#e08a1e", "#2e8b57", "#8a4fbf", "#c8374b", "#0f9aa8", "#7a5c3e", "#b0468f", "#5f7f1f", "#444444", "#a08020", "#3f6fa0")
+_COLOURS = (
+    "#1f5fbf",
+    "#e08a1e",
+    "#2e8b57",
+    "#8a4fbf",
+    "#c8374b",
+    "#0f9aa8",
+    "#7a5c3e",
+    "#b0468f",
+    "#5f7f1f",
+    "#444444",
+    "#a08020",
+    "#3f6fa0",
+)
 
 
 def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure":
@@ -172,7 +242,9 @@ def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure"
     ax.axhspan(percent - chance, min(100, percent + chance), color="#6b7280", alpha=0.15, label="chance (95 %)")
     ax.axhline(percent, color="black", linewidth=0.8)
     for i, name in enumerate(table):
-        style = {"color": "#6b7280", "linestyle": "--"} if name == "base" else {"color": _COLOURS[(i - 1) % len(_COLOURS)]}
+        style = (
+            {"color": "#6b7280", "linestyle": "--"} if name == "base" else {"color": _COLOURS[(i - 1) % len(_COLOURS)]}
+        )
         ax.plot(range(len(table)), 100 * table[name], marker="o", markersize=3.5, linewidth=1.2, label=name, **style)
     marks = range(0, len(table), max(1, len(table) // 8))
     ax.set_xticks(marks, [f"{table.index[i]:%d %b}" for i in marks])
@@ -190,8 +262,15 @@ def plot_pit(report: BacktestReport) -> "Figure":
 
     names = list(report.served)
     across = min(3, len(names))
-    figure, axes = plt.subplots(-(-len(names) // across), across, figsize=(7.2, 0.7 + 1.8 * -(-len(names) // across)), layout="constrained",
-                                dpi=100, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        -(-len(names) // across),
+        across,
+        figsize=(7.2, 0.7 + 1.8 * -(-len(names) // across)),
+        layout="constrained",
+        dpi=100,
+        sharey=True,
+        squeeze=False,
+    )
     plt.close(figure)
     n = len(report.y)
     chance = 1.96 * np.sqrt(0.05 * 0.95 / n) * 20
@@ -229,7 +308,15 @@ def plot_skill_over_time(report: BacktestReport) -> "Figure":
 
     table = skill_over_time(report)
     figure, ax = new_figure(height=3.2)
-    ax.fill_between(table.index, -table["chance"], table["chance"], color="#6b7280", alpha=0.15, linewidth=0, label="no skill (95 %)")
+    ax.fill_between(
+        table.index,
+        -table["chance"],
+        table["chance"],
+        color="#6b7280",
+        alpha=0.15,
+        linewidth=0,
+        label="no skill (95 %)",
+    )
     ax.axhline(0, color="black", linewidth=0.8)
     for i, name in enumerate(report.forecasts):
         ax.plot(table.index, table[name], color=_COLOURS[i % len(_COLOURS)], linewidth=1.2, label=name)
@@ -240,7 +327,11 @@ def plot_skill_over_time(report: BacktestReport) -> "Figure":
     ax.legend(fontsize=8, frameon=False, ncols=4, loc="upper left")
     last = table.drop(columns="chance").iloc[-1]
     proved = "outside" if last.max() > table["chance"].iloc[-1] else "inside"
-    set_title(ax, report.pair, f"{last.idxmax()} gained {last.max():.0f} of {len(table)} hours' loss, {proved} the cone of chance")
+    set_title(
+        ax,
+        report.pair,
+        f"{last.idxmax()} gained {last.max():.0f} of {len(table)} hours' loss, {proved} the cone of chance",
+    )
     return figure
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #ced5956c
@@ -253,8 +344,16 @@ def sign_value(report: BacktestReport, fee: float = 10.0) -> pd.DataFrame:
         hit, net = hit_rate(report.y, Q[:, MEDIAN]), gross - paid
         needed, hold = 0.5 + paid.mean() / (2 * np.abs(report.y).mean() * 1e4), report.y * 1e4
         lines[name] = {
-            "direction right": hit.share, "low": hit.low, "high": hit.high, "needed": needed, "gross bp/h": gross.mean(), "fees bp/h": paid.mean(),
-            "net bp/h": net.mean(), "net low": net.mean() - _half(net), "net high": net.mean() + _half(net), "hold bp/h": hold.mean(),
+            "direction right": hit.share,
+            "low": hit.low,
+            "high": hit.high,
+            "needed": needed,
+            "gross bp/h": gross.mean(),
+            "fees bp/h": paid.mean(),
+            "net bp/h": net.mean(),
+            "net low": net.mean() - _half(net),
+            "net high": net.mean() + _half(net),
+            "hold bp/h": hold.mean(),
             "over hold low": (net - hold).mean() - _half(net - hold),
         }
     return pd.DataFrame(lines).T
@@ -269,16 +368,36 @@ def _half(values: np.ndarray) -> float:
 def findings(report: BacktestReport) -> list[str]:
     "The report in sentences."
     skill, worth, first, last = skill_table(report), sign_value(report), report.issued.iloc[0], report.issued.iloc[-1]
-    kind = "" if str(report.interval) == "1h" else f" Skill was measured on 1h candles only; on {report.interval} these numbers are all there is."
-    lines = [f"{len(report.y)} forecasts of {report.interval} candles from {first:%Y-%m-%d} to {last:%Y-%m-%d}, {len(report.blocks)} refits.{kind}"]
+    kind = (
+        ""
+        if str(report.interval) == "1h"
+        else f" Skill was measured on 1h candles only; on {report.interval} these numbers are all there is."
+    )
+    lines = [
+        f"{len(report.y)} forecasts of {report.interval} candles from {first:%Y-%m-%d} to {last:%Y-%m-%d}, {len(report.blocks)} refits.{kind}"
+    ]
     for name, row in skill.iterrows():
-        sure = "better than the base" if row["high"] < 1 else "worse than the base" if row["low"] > 1 else "no difference to the base is proved"
+        sure = (
+            "better than the base"
+            if row["high"] < 1
+            else "worse than the base"
+            if row["low"] > 1
+            else "no difference to the base is proved"
+        )
         held = f"the 80 % range held {row['80 % held']:.1%}, with the online width {row['80 % served']:.1%}"
-        lines.append(f"{name}: CRPS / base {row['CRPS / base']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {sure}; {held}.")
+        lines.append(
+            f"{name}: CRPS / base {row['CRPS / base']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {sure}; {held}."
+        )
     for name, row in worth.dropna(subset=["direction right"]).iterrows():
         right = f"{row['direction right']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of the directions right, {row['needed']:.1%} needed after fees"
         luck = f"no more than holding the coin, which made {row['hold bp/h']:+.1f}"
-        word = "not a profit" if row["net low"] <= 0 else luck if row["over hold low"] <= 0 else "more than holding on these hours, which is no promise"
+        word = (
+            "not a profit"
+            if row["net low"] <= 0
+            else luck
+            if row["over hold low"] <= 0
+            else "more than holding on these hours, which is no promise"
+        )
         lines.append(f"{name}: {right}; {row['net bp/h']:+.1f} bp an hour at 10 bp a side: {word}.")
     return lines
 
@@ -290,14 +409,18 @@ def _markdown(report: BacktestReport) -> str:
 BacktestReport._repr_markdown_ = _markdown  # type: ignore[attr-defined]
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #7ca5f09d
-def backtest_candles(pair: str | Pair = "BTC_USDT", interval: str | Interval = "1h", candles_dir: str = "", file: str = "") -> pd.DataFrame:
+def backtest_candles(
+    pair: str | Pair = "BTC_USDT", interval: str | Interval = "1h", candles_dir: str = "", file: str = ""
+) -> pd.DataFrame:
     "Checked candles of a Parquet or CSV file, of the candle store in `candles_dir`, or (both empty) of the embedded sample."
     if file:
         return _read_file(file, interval)
     if candles_dir:
         return CandleStore(Path(candles_dir)).read(pair, interval)
     if str(interval) != "1h":
-        raise SettingsError(f"the embedded sample has 1h candles, not {interval}; take stored ones, or a file", "interval")
+        raise SettingsError(
+            f"the embedded sample has 1h candles, not {interval}; take stored ones, or a file", "interval"
+        )
     return load_sample(str(Pair.parse(pair)))
 
 
@@ -305,12 +428,19 @@ def _read_file(file: str, interval: str | Interval) -> pd.DataFrame:
     try:
         return clean_candles(read_candles(Path(file)), interval)[0]
     except (ValueError, OSError) as e:  # what pandas and pyarrow say about a file that is something else
-        raise CandleError(f"{file} cannot be read as candles ({type(e).__name__}); give a Parquet or CSV file with Binance's columns", "bad_candles") from e
+        raise CandleError(
+            f"{file} cannot be read as candles ({type(e).__name__}); give a Parquet or CSV file with Binance's columns",
+            "bad_candles",
+        ) from e
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #b0e37826
 def backtest_pool(
-    models: Sequence[str] | Mapping[str, Any], frame: pd.DataFrame, pair: str | Pair = "BTC_USDT", interval: str | Interval = "1h",
-    candles_dir: str = "", file: str = "",
+    models: Sequence[str] | Mapping[str, Any],
+    frame: pd.DataFrame,
+    pair: str | Pair = "BTC_USDT",
+    interval: str | Interval = "1h",
+    candles_dir: str = "",
+    file: str = "",
 ) -> Pool | None:
     "The pool for `models`, with `frame` as the pair's own candles; None if none of them goes on from a pool."
     if not {name.lower() for name in models} & set(POOLED_NAMES):

@@ -59,9 +59,16 @@ class Verdict:
 
     def _repr_markdown_(self) -> str:
         n, failed, warned = len(self.checks), len(self.reasons), len(self.warnings)
-        head = f"**Passed**: all {n - warned} checks hold." if self.passed else f"**Refused**: {failed} of {n} checks failed."
+        head = (
+            f"**Passed**: all {n - warned} checks hold."
+            if self.passed
+            else f"**Refused**: {failed} of {n} checks failed."
+        )
         head += f" {warned} warned: look before you trust it." if warned else ""
-        rows = [f"| {'✓' if c.passed else '✗' if c.refuses else '!'} | {c.name} | {c.rule} | {c.sentence} |" for c in self.checks]
+        rows = [
+            f"| {'✓' if c.passed else '✗' if c.refuses else '!'} | {c.name} | {c.rule} | {c.sentence} |"
+            for c in self.checks
+        ]
         return "\n".join([head, "", "| | check | rule | found |", "|---|---|---|---|", *rows])
 
 # %% ../../nbs/04_evaluation/03_checks.ipynb #ca6bc72f
@@ -81,7 +88,11 @@ def cut_and_altered(frame: pd.DataFrame, t: int) -> list[pd.DataFrame]:
 
 
 def future_effect(
-    forecast: Callable[[pd.DataFrame, np.ndarray], np.ndarray], frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, probes: list[int]
+    forecast: Callable[[pd.DataFrame, np.ndarray], np.ndarray],
+    frame: pd.DataFrame,
+    rows: np.ndarray,
+    Q: np.ndarray,
+    probes: list[int],
 ) -> float:
     "Largest change of a forecast when the future of row rows[i], i in probes, is cut or altered; 1 = as wide as its own 95 % range."
     effect = 0.0
@@ -99,8 +110,22 @@ def shape_checks(Q: np.ndarray) -> list[Check]:
     wrong = f"{bad} of {n} forecasts are not finite; look at the training loss and the candles of those hours."
     tangled = f"{crossed} of {n} forecasts cross or are empty; use a head that is monotone by construction."
     return [
-        make_check("finite", n > 0 and bad == 0, bad, "every quantile is a finite number", f"All {n} forecasts are finite.", wrong),
-        make_check("monotone", crossed == 0, crossed, "quantiles rise with their level", f"All {n} forecasts are in order.", tangled),
+        make_check(
+            "finite",
+            n > 0 and bad == 0,
+            bad,
+            "every quantile is a finite number",
+            f"All {n} forecasts are finite.",
+            wrong,
+        ),
+        make_check(
+            "monotone",
+            crossed == 0,
+            crossed,
+            "quantiles rise with their level",
+            f"All {n} forecasts are in order.",
+            tangled,
+        ),
     ]
 
 # %% ../../nbs/04_evaluation/03_checks.ipynb #a9105c9b
@@ -115,5 +140,14 @@ def check_peer(peer: Peer) -> Verdict:
     if not right:
         return Verdict([shape])
     effect = future_effect(lambda other, r: peer.fit(other, end).quantiles(other, r), frame, rows, Q, [0, 60, 170, -1])
-    good, bad = "Altering the future changes nothing.", f"Altering the future moved a forecast by {effect:.3g} of its range."
-    return Verdict([shape, *shape_checks(Q), make_check("causal", effect <= 1e-9, effect, "the future does not change a forecast", good, bad)])
+    good, bad = (
+        "Altering the future changes nothing.",
+        f"Altering the future moved a forecast by {effect:.3g} of its range.",
+    )
+    return Verdict(
+        [
+            shape,
+            *shape_checks(Q),
+            make_check("causal", effect <= 1e-9, effect, "the future does not change a forecast", good, bad),
+        ]
+    )

@@ -37,10 +37,15 @@ def _skill_checks(y: np.ndarray, Q: np.ndarray, base: np.ndarray, width: np.ndar
     mean = width.mean()
     found = f"The online calibration multiplied the width by {mean:.2f} on average"
     off = f"{found}; the model's own ranges are too {'wide' if mean < 1 else 'narrow'}: check its training."
-    return [*checks, make_check("width", 0.75 <= mean <= 1.33, mean, "mean online width 0.75 to 1.33", f"{found}.", off)]
+    return [
+        *checks,
+        make_check("width", 0.75 <= mean <= 1.33, mean, "mean online width 0.75 to 1.33", f"{found}.", off),
+    ]
 
 # %% ../../nbs/04_evaluation/04_gate.ipynb #68c3c37e
-def _prefix_check(forecast: Callable[[pd.DataFrame, np.ndarray], np.ndarray], frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray) -> Check:
+def _prefix_check(
+    forecast: Callable[[pd.DataFrame, np.ndarray], np.ndarray], frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray
+) -> Check:
     "Forecast again without the future."
     effect = future_effect(forecast, frame, rows, Q, [0, len(rows) // 2, -1])
     bad = f"A forecast moved by {effect:.2g} of its 95 % range without its future: something looks ahead; do not use this model."
@@ -71,13 +76,21 @@ _STABLE = 5e-4  # returns that spread less than this belong to a pegged price
 def too_good(y: np.ndarray, Q: np.ndarray, base: np.ndarray) -> Check:
     "The alarm: direction right > 62 %, MAE / naive < 0.97 or CRPS / base < 0.93 over 720 or more hours; it warns and never refuses."
     hit = hit_rate(y, Q[:, MEDIAN]).share
-    mae, ratio = np.abs(y - Q[:, MEDIAN]).mean() / max(np.abs(y).mean(), 1e-12), crps(y, Q).mean() / crps(y, base).mean()
+    mae, ratio = (
+        np.abs(y - Q[:, MEDIAN]).mean() / max(np.abs(y).mean(), 1e-12),
+        crps(y, Q).mean() / crps(y, base).mean(),
+    )
     parts = {f"the direction is right in {percent_text(hit)}": hit > 0.62, f"MAE / naive is {mae:.3f}": mae < 0.97}
     alarms = [text for text, rings in (parts | {f"CRPS / base is {ratio:.3f}": ratio < 0.93}).items() if rings]
     judged = len(y) >= 720 and y.std() >= _STABLE
-    calm = "Nothing is too good to be true." if judged else f"Not asked for: {len(y)} hours, or a price that hardly moves."
+    calm = (
+        "Nothing is too good to be true." if judged else f"Not asked for: {len(y)} hours, or a price that hardly moves."
+    )
     rule = "look if direction > 62 %, MAE / naive < 0.97 or CRPS / base < 0.93"
-    ok, bad = not (judged and alarms), f"Too good to be true: {', '.join(alarms)}; look for a leak with `mkrich leaktest`."
+    ok, bad = (
+        not (judged and alarms),
+        f"Too good to be true: {', '.join(alarms)}; look for a leak with `mkrich leaktest`.",
+    )
     return Check("too_good", ok, float(ratio), rule, calm if ok else bad, refuses=False)
 
 # %% ../../nbs/04_evaluation/04_gate.ipynb #f47b03f4
@@ -89,8 +102,17 @@ def _candle_checks(frame: pd.DataFrame, interval: str | Interval, now: pd.Timest
     still_open = f"The newest candle closes at {closed:%Y-%m-%d %H:%M} UTC, after {now:%H:%M}; drop it before training."
     holes = f"{broken} of the last 24 candles do not follow the one before them; train again when the gap is a day old."
     return [
-        make_check("newest_closed", age >= 0, age, "the newest candle is closed", "The newest candle is closed.", still_open),
-        make_check("no_fresh_gap", broken == 0, broken, "no gap in the last 24 candles", "The last 24 candles have no gap.", holes),
+        make_check(
+            "newest_closed", age >= 0, age, "the newest candle is closed", "The newest candle is closed.", still_open
+        ),
+        make_check(
+            "no_fresh_gap",
+            broken == 0,
+            broken,
+            "no gap in the last 24 candles",
+            "The last 24 candles have no gap.",
+            holes,
+        ),
     ]
 
 # %% ../../nbs/04_evaluation/04_gate.ipynb #ef956eab
@@ -111,7 +133,11 @@ def gate(
     known = np.isfinite(next_returns(frame, rows, interval))
     n = int(known.sum())
     few = f"Only {n} hours could be scored, {hours} make a fair judgement; fetch a longer history."
-    checks.append(make_check("enough_hours", n >= hours, n, f"at least {hours} scored hours", f"{min(n, hours)} hours were scored.", few))
+    checks.append(
+        make_check(
+            "enough_hours", n >= hours, n, f"at least {hours} scored hours", f"{min(n, hours)} hours were scored.", few
+        )
+    )
     if all(check.passed for check in checks[:2]) and n:
         width = online_width(frame, rows, Q, interval)
         scored = np.flatnonzero(known)[-hours:]
@@ -130,4 +156,6 @@ def gate(
 
 def _in_candles(check: Check) -> Check:
     "The same check for candles that are not hours long."
-    return replace(check, rule=check.rule.replace("hours", "candles"), sentence=check.sentence.replace("hours", "candles"))
+    return replace(
+        check, rule=check.rule.replace("hours", "candles"), sentence=check.sentence.replace("hours", "candles")
+    )

@@ -134,7 +134,8 @@ def leaks(data: TrainingData, frame: pd.DataFrame, interval: str | Interval = "1
     "Three classic leaks, planted."
     early = torch.cat([data.x[1:], data.x[-1:]])
     return {
-        "target as a feature": _first_feature(data, data.y), "features one row early": replace(data, x=early),
+        "target as a feature": _first_feature(data, data.y),
+        "features one row early": replace(data, x=early),
         "centred moving average": _first_feature(data, _centred(data, frame, interval)),
     }
 
@@ -158,13 +159,22 @@ def _prefix(effect: tuple[float, float]) -> Check:
     altered, cut = effect
     rule = "the future changes no feature: not a bit if altered, 1e-5 if cut off"
     bad = f"A feature moved by {max(effect):.2g} when its future was {'altered' if altered else 'cut off'}: it looks ahead; no result of it counts."
-    return make_check("prefix_invariance", altered == 0 and cut <= 1e-5, max(effect), rule, "No feature knows the future.", bad)
+    return make_check(
+        "prefix_invariance", altered == 0 and cut <= 1e-5, max(effect), rule, "No feature knows the future.", bad
+    )
 
 
 def _shuffle_check(hit: HitRate) -> Check:
     found = f"After a training on shuffled targets the direction is right in {percent_text(hit.share)} [{hit.low * 100:.1f}, {hit.high * 100:.1f}]"
     bad = f"{found}: something besides the targets tells it the direction; look at how the test rows are made."
-    return make_check("shuffled_targets", not hit.low > 0.5, hit.share, "shuffled targets leave no sign skill", f"{found}: chance.", bad)
+    return make_check(
+        "shuffled_targets",
+        not hit.low > 0.5,
+        hit.share,
+        "shuffled targets leave no sign skill",
+        f"{found}: chance.",
+        bad,
+    )
 
 
 def _delay_check(hours: int, stale: np.ndarray, fresh: np.ndarray) -> Check:
@@ -176,23 +186,40 @@ def _delay_check(hours: int, stale: np.ndarray, fresh: np.ndarray) -> Check:
 
 def _alarm_check(name: str, alarm: Check) -> Check:
     bad = f"Planted: {name}, and no alarm rang (CRPS / base {alarm.value:.3f}): the network cannot use what it is given; train it longer."
-    return make_check(f"planted_{name.split()[0]}", not alarm.passed, alarm.value or 0.0, "the alarm rings", f"Planted: {name}. {alarm.sentence.partition(';')[0]}.", bad)
+    return make_check(
+        f"planted_{name.split()[0]}",
+        not alarm.passed,
+        alarm.value or 0.0,
+        "the alarm rings",
+        f"Planted: {name}. {alarm.sentence.partition(';')[0]}.",
+        bad,
+    )
 
 # %% ../../nbs/04_evaluation/09_leaktest.ipynb #e3207d55
 QUICK_ROWS = 4000
 
 
 def leaktest(
-    frame: pd.DataFrame, recipe: Recipe | None = None, *, interval: str | Interval = "1h", quick: bool = False, build: Build | None = None,
+    frame: pd.DataFrame,
+    recipe: Recipe | None = None,
+    *,
+    interval: str | Interval = "1h",
+    quick: bool = False,
+    build: Build | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LeakReport:
     "Run all leak tests on checked candles with one network of a quantile recipe; `build` makes the training data (default: the product's)."
     asked = recipe or load_recipe("default")
     if asked.kind != "quantile" or asked.start != "scratch":
-        raise SettingsError(f"leak tests train a quantile recipe from scratch, and {asked.name!r} is none; take 'default' or a copy of it", "recipe")
+        raise SettingsError(
+            f"leak tests train a quantile recipe from scratch, and {asked.name!r} is none; take 'default' or a copy of it",
+            "recipe",
+        )
     if quick:
         frame = frame.iloc[-QUICK_ROWS:].reset_index(drop=True)
-        asked = asked.model_copy(update={"epochs": min(asked.epochs, 4), "steps_per_epoch": min(asked.steps_per_epoch, 20)})
+        asked = asked.model_copy(
+            update={"epochs": min(asked.epochs, 4), "steps_per_epoch": min(asked.steps_per_epoch, 20)}
+        )
     make = build or partial(prepare, recipe=asked, interval=interval)
     data = make(frame)
     at = judged_hours(data, frame, interval)
@@ -205,7 +232,9 @@ def leaktest(
             progress(i, len(variants), name)
         found[name] = forecast_places(train_once(variant, asked), variant.x, at)
     probes = [int(row) for row in np.linspace(data.split.test.start, len(frame) - 2, 3)]
-    return LeakReport(_table(found, at), Verdict([_prefix(feature_effect(make, frame, probes)), *_checks(found, at, delays)]))
+    return LeakReport(
+        _table(found, at), Verdict([_prefix(feature_effect(make, frame, probes)), *_checks(found, at, delays)])
+    )
 
 
 def _table(found: dict[str, np.ndarray], at: Judged) -> pd.DataFrame:
@@ -213,7 +242,13 @@ def _table(found: dict[str, np.ndarray], at: Judged) -> pd.DataFrame:
     rows, base = {}, crps(at.y, at.base).mean()
     for name, Q in found.items():
         hit, mae = hit_rate(at.y, Q[:, MEDIAN]), np.abs(at.y - Q[:, MEDIAN]).mean() / np.abs(at.y).mean()
-        rows[name] = {"crps/base": crps(at.y, Q).mean() / base, "hit": hit.share, "hit_low": hit.low, "hit_high": hit.high, "mae/naive": mae}
+        rows[name] = {
+            "crps/base": crps(at.y, Q).mean() / base,
+            "hit": hit.share,
+            "hit_low": hit.low,
+            "hit_high": hit.high,
+            "mae/naive": mae,
+        }
     return pd.DataFrame(rows).T
 
 

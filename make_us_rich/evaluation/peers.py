@@ -52,7 +52,9 @@ class Scheduled:
         "Q [n, 21] for increasing `rows` >= end."
         rows = np.asarray(rows, dtype=int)
         if len(rows) and rows.min() < self.end:
-            raise ValueError(f"{self.name} was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end")
+            raise ValueError(
+                f"{self.name} was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end"
+            )
         Q, period = np.empty((len(rows), len(LEVELS))), (rows - self.end) // self.refit
         for k in np.unique(period):
             learned = self.learn(frame.iloc[: self.end + k * self.refit + 1]) if k else self.learned
@@ -67,7 +69,10 @@ def _package(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = module.split(".")[0]
-        raise SettingsError(f"this peer needs the package {name}, which is not installed; run pip install 'make_us_rich[peers]'", "not_installed") from None
+        raise SettingsError(
+            f"this peer needs the package {name}, which is not installed; run pip install 'make_us_rich[peers]'",
+            "not_installed",
+        ) from None
 
 # %% ../../nbs/04_evaluation/06_peers.ipynb #abc96c26
 class PointPeer(Scheduled):
@@ -90,7 +95,10 @@ class PointPeer(Scheduled):
             known = error[max(0, now - self.memory) : now]  # the error of the row itself is not known yet
             known = known[np.isfinite(known)]
             if len(known) < 240:
-                raise CandleError(f"{self.name} needs 240 past errors for its range, not {len(known)}; score later rows", "short_history")
+                raise CandleError(
+                    f"{self.name} needs 240 past errors for its range, not {len(known)}; score later rows",
+                    "short_history",
+                )
             spread = np.quantile(known, LEVELS)
             Q[i] = point[now] + spread - spread[MEDIAN]
         return Q
@@ -154,8 +162,14 @@ def peer_features(frame: pd.DataFrame, interval: str | Interval = "1h") -> tuple
     "(x [T, p], s [T], y [T]): x and s of row t use candles up to t, y is the next log return, NaN if there is none."
     step = Interval.parse(interval)
     har, s, y = har_inputs(frame, step)
-    open_, high, low, close, volume, taker = (frame[name].to_numpy(float) for name in ("open", "high", "low", "close", "volume", "tb_base_av"))
-    r, path, size = np.nan_to_num(log_returns(frame, step)), _log_path(frame, step), np.maximum(high - low, 1e-9 * close)
+    open_, high, low, close, volume, taker = (
+        frame[name].to_numpy(float) for name in ("open", "high", "low", "close", "volume", "tb_base_av")
+    )
+    r, path, size = (
+        np.nan_to_num(log_returns(frame, step)),
+        _log_path(frame, step),
+        np.maximum(high - low, 1e-9 * close),
+    )
     reported = (volume > 0) & (taker > 0)
     share = np.where(reported, 5 * (np.divide(taker, volume, out=np.full(len(frame), 0.5), where=reported) - 0.5), 0.0)
     gaps = [(decayed_mean(path, half_life) - path) / s for half_life in (1, 2, 4, 8, 24)]
@@ -209,7 +223,10 @@ class EwmaRange:
             known = z[max(48, t - 2000) : t]
             known = known[np.isfinite(known)]
             if len(known) < 240:
-                raise CandleError(f"{self.name} needs 240 outcomes after its warm-up of 48 candles, not {len(known)}; score later rows", "short_history")
+                raise CandleError(
+                    f"{self.name} needs 240 outcomes after its warm-up of 48 candles, not {len(known)}; score later rows",
+                    "short_history",
+                )
             Q[i] = sigma[t] * np.quantile(known, LEVELS)
         return Q
 
@@ -225,8 +242,13 @@ class GarchT(Scheduled):
         returns = returns[np.isfinite(returns)][-6000:]
         scale = float(returns.std()) if len(returns) >= 240 else 0.0
         if scale == 0:
-            raise CandleError(f"GARCH-t needs 240 returns that are not all equal, there are {len(returns)}; fit it on a longer history", "short_history")
-        model = _package("arch").arch_model(returns / scale, mean="Constant", vol="GARCH", p=1, q=1, dist="t", rescale=False)
+            raise CandleError(
+                f"GARCH-t needs 240 returns that are not all equal, there are {len(returns)}; fit it on a longer history",
+                "short_history",
+            )
+        model = _package("arch").arch_model(
+            returns / scale, mean="Constant", vol="GARCH", p=1, q=1, dist="t", rescale=False
+        )
         mu, omega, alpha, beta, nu = model.fit(disp="off", show_warning=False).params
         return {"mu": mu * scale, "omega": omega * scale**2, "alpha": alpha, "beta": beta, "nu": nu, "start": scale**2}
 
@@ -260,7 +282,10 @@ class LightGbmQuantile(Scheduled):
         known = np.flatnonzero(np.isfinite(y))[-8000:]
         known = known[known >= 240]  # slow averages need some days
         if len(known) < 240:
-            raise CandleError(f"LightGBM needs 240 outcomes after its warm-up of 240 candles, not {len(known)}; fit it on a longer history", "short_history")
+            raise CandleError(
+                f"LightGBM needs 240 outcomes after its warm-up of 240 candles, not {len(known)}; fit it on a longer history",
+                "short_history",
+            )
         data = lightgbm.Dataset(x[known], np.clip(y[known] / s[known], -8, 8), params=_TREES, free_raw_data=False)
         return [lightgbm.train({**_TREES, "alpha": level}, data, num_boost_round=150) for level in LEVELS]
 
@@ -283,7 +308,9 @@ class TorchPeer:
 
         def train(frame: pd.DataFrame) -> Any:
             if frame["timestamp"].iloc[-1] < newest:
-                raise ValueError(f"{name} was trained on candles up to {newest}, later than {frame['timestamp'].iloc[-1]}; fit it at a later row")
+                raise ValueError(
+                    f"{name} was trained on candles up to {newest}, later than {frame['timestamp'].iloc[-1]}; fit it at a later row"
+                )
             return forecaster
 
         return cls(name, train)
@@ -316,5 +343,7 @@ def make_peer(name: str, interval: str | Interval = "1h") -> Peer:
     if name not in PEERS:
         by_lower = {known.lower(): known for known in PEERS}
         near = by_lower[difflib.get_close_matches(name.lower(), by_lower, 1, 0.0)[0]]
-        raise SettingsError(f"there is no peer {name!r}; did you mean {near!r}? All of them: {', '.join(PEERS)}", "peer")
+        raise SettingsError(
+            f"there is no peer {name!r}; did you mean {near!r}? All of them: {', '.join(PEERS)}", "peer"
+        )
     return PEERS[name](interval=interval)

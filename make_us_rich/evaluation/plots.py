@@ -60,7 +60,12 @@ def _price_axes(ax: Any, pair: str) -> None:
 
 # %% ../../nbs/04_evaluation/05_plots.ipynb #80e8a3bb
 def plot_test_span(
-    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, hours: int = 168, interval: str | Interval = "1h", pair: str = ""
+    frame: pd.DataFrame,
+    rows: np.ndarray,
+    Q: np.ndarray,
+    hours: int = 168,
+    interval: str | Interval = "1h",
+    pair: str = "",
 ) -> "Figure":
     "Closes of the last `hours` scored rows in their 50, 80 and 95 % ranges, misses marked."
     step, rows = Interval.parse(interval), np.asarray(rows, dtype=int)
@@ -68,11 +73,15 @@ def plot_test_span(
     rows, Q = rows[known], Q[known]
     last, came = frame["close"].to_numpy()[rows], frame["close"].to_numpy()[rows + 1]
     times = frame["timestamp"].iloc[rows] + 2 * step.delta  # close of the candle that was forecast
-    prices = pd.DataFrame(last[:, None] * np.exp(Q), index=times).assign(came=came).asfreq(step.delta)  # a gap stays a gap
+    prices = (
+        pd.DataFrame(last[:, None] * np.exp(Q), index=times).assign(came=came).asfreq(step.delta)
+    )  # a gap stays a gap
     figure, ax = new_figure(height=3.4)
     for percent, shade in _SHADES.items():
         low, high = RANGES[percent]
-        ax.fill_between(prices.index, prices[low], prices[high], color=_BLUE, alpha=shade, linewidth=0, label=f"{percent} % range")
+        ax.fill_between(
+            prices.index, prices[low], prices[high], color=_BLUE, alpha=shade, linewidth=0, label=f"{percent} % range"
+        )
     ax.plot(prices.index, prices["came"], color="black", linewidth=0.9, label="close that came")
     for percent, colour, size in ((80, _ORANGE, 10), (95, _RED, 22)):
         low, high = RANGES[percent]
@@ -85,14 +94,18 @@ def plot_test_span(
     return figure
 
 # %% ../../nbs/04_evaluation/05_plots.ipynb #08c0c2e9
-def plot_calibration(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, interval: str | Interval = "1h", pair: str = "") -> "Figure":
+def plot_calibration(
+    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, interval: str | Interval = "1h", pair: str = ""
+) -> "Figure":
     "PIT histogram in 20 equal bins, and observed against promised coverage of ten central ranges."
     from scipy import stats
 
     y = next_returns(frame, rows, interval)
     y, Q = y[np.isfinite(y)], Q[np.isfinite(y)]
     counts = pit_counts(y, Q)
-    bins = np.concatenate([[counts[:2].sum()], counts[2:-2], [counts[-2:].sum()]])  # the two halves at each end make one bin of 5 %
+    bins = np.concatenate(
+        [[counts[:2].sum()], counts[2:-2], [counts[-2:].sum()]]
+    )  # the two halves at each end make one bin of 5 %
     figure, (left, right) = new_figure(columns=2, height=3.1)
     low, high = stats.binom.interval(0.95, len(y), 0.05)
     left.axhspan(low / len(y) * 20, high / len(y) * 20, color=_GREY, alpha=0.18, label="chance (95 %)")
@@ -124,7 +137,12 @@ def plot_skill(scores: Scores, pair: str = "") -> "Figure":
     colours = np.where(ratio + error < 1, _BLUE, np.where(ratio - error > 1, _RED, _GREY))
     for i, colour in enumerate(colours):
         ax.errorbar(ratio[i], i, xerr=error[i], fmt="o", color=colour, markersize=6, capsize=3, linewidth=1.4)
-        style = {"ha": "center", "fontsize": 8, "color": colour, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        style = {
+            "ha": "center",
+            "fontsize": 8,
+            "color": colour,
+            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+        }
         ax.annotate(f"{ratio[i]:.3f}", (ratio[i], i), textcoords="offset points", xytext=(0, 8), **style)
     ax.axvline(1, color="black", linewidth=0.9)
     ax.set_yticks(range(len(table)), table.index, fontsize=9)
@@ -138,7 +156,11 @@ def plot_skill(scores: Scores, pair: str = "") -> "Figure":
 
 # %% ../../nbs/04_evaluation/05_plots.ipynb #0aa9271b
 def plot_forecast(
-    frame: pd.DataFrame, prices: np.ndarray | list[float], hours: int = 48, interval: str | Interval = "1h", pair: str = ""
+    frame: pd.DataFrame,
+    prices: np.ndarray | list[float],
+    hours: int = 48,
+    interval: str | Interval = "1h",
+    pair: str = "",
 ) -> "Figure":
     "The last `hours` candles and the price quantiles [21] of the next close."
     tail, delta = frame.iloc[-hours:], Interval.parse(interval).delta
@@ -151,7 +173,15 @@ def plot_forecast(
     target = tail["timestamp"].iloc[-1] + 1.5 * delta
     for percent, shade in _SHADES.items():
         low, high = RANGES[percent]
-        ax.bar(target, prices[high] - prices[low], delta * 1.6, prices[low], color=_ORANGE, alpha=shade + 0.15, label=f"{percent} % range")
+        ax.bar(
+            target,
+            prices[high] - prices[low],
+            delta * 1.6,
+            prices[low],
+            color=_ORANGE,
+            alpha=shade + 0.15,
+            label=f"{percent} % range",
+        )
     ax.hlines(prices[MEDIAN], target - delta, target + delta, color="black", linewidth=1.4, label="median")
     low, high = RANGES[80]
     set_title(ax, pair, f"next close between {prices[low]:,.6g} and {prices[high]:,.6g} with 80 % probability")

@@ -118,7 +118,11 @@ class Scores:
             cells = [row["model"], f"{row['crps_bp']:.2f}", f"{row['crps/base']:.4f}", f"{row['dm_t']:+.1f}"]
             cells += [f"{row['mae/naive']:.4f}", f"{row['rmse/naive']:.4f}"]
             named = row["hit"] == row["hit"]  # NaN where the model names no direction
-            cells += [f"{percent_text(row['hit'])} [{row['hit_low'] * 100:.1f}, {row['hit_high'] * 100:.1f}]" if named else "names none"]
+            cells += [
+                f"{percent_text(row['hit'])} [{row['hit_low'] * 100:.1f}, {row['hit_high'] * 100:.1f}]"
+                if named
+                else "names none"
+            ]
             cells += [*(percent_text(row[f"cov{percent}"]) for percent in RANGES), f"{row['width80_bp']:.0f} bp"]
             lines.append("| " + " | ".join(cells) + " |")
         note = "Below 1 is better; t < -1.64: better than the base, and hardly by chance. 50, 80, 95 %: share of hours inside that range."
@@ -145,7 +149,9 @@ def _score(y: np.ndarray, Q: np.ndarray, base_crps: np.ndarray) -> dict[str, flo
     }
 
 # %% ../../nbs/04_evaluation/01_scores.ipynb #939a6e58
-def evaluate(frame: pd.DataFrame, rows: np.ndarray, forecasts: Mapping[str, np.ndarray], interval: str | Interval = "1h") -> Scores:
+def evaluate(
+    frame: pd.DataFrame, rows: np.ndarray, forecasts: Mapping[str, np.ndarray], interval: str | Interval = "1h"
+) -> Scores:
     "Scores of each Q in `forecasts` over those of `rows` whose next candle is known, with naive and base beside them."
     rows = np.asarray(rows, dtype=int)
     y = next_returns(frame, rows, interval)

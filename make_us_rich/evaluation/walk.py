@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 class Pool:
     "Candles of many pairs, and the networks pooled from them: one for each `every`, from what had closed at its beginning."
 
-    def __init__(self, frames: Mapping[str, pd.DataFrame], interval: str | Interval = "1h", recipe: Recipe | None = None, every: str = "28D") -> None:
+    def __init__(
+        self,
+        frames: Mapping[str, pd.DataFrame],
+        interval: str | Interval = "1h",
+        recipe: Recipe | None = None,
+        every: str = "28D",
+    ) -> None:
         self.frames, self.interval, self.every = dict(frames), Interval.parse(interval), pd.Timedelta(every)
         self.recipe = recipe or load_recipe("pooled")
         self._networks: dict[pd.Timestamp, Pooled] = {}
@@ -42,7 +48,10 @@ class Pool:
     def known(self, time: pd.Timestamp) -> dict[str, pd.DataFrame]:
         "What the newest network at `time` may know: the candles that had closed when it was trained."
         closed = time.floor(self.every) - self.interval.delta  # open time of the newest of them
-        return {name: frame.iloc[: frame["timestamp"].searchsorted(closed, side="right")] for name, frame in self.frames.items()}
+        return {
+            name: frame.iloc[: frame["timestamp"].searchsorted(closed, side="right")]
+            for name, frame in self.frames.items()
+        }
 
     def network(self, time: pd.Timestamp) -> "Pooled":
         "The newest network at `time`; trained when it is first asked for."
@@ -50,12 +59,16 @@ class Pool:
 
         moment = time.floor(self.every)
         if moment not in self._networks:
-            self._networks[moment] = pretrain(self.known(time), self.recipe, interval=self.interval, progress=False).pooled
+            self._networks[moment] = pretrain(
+                self.known(time), self.recipe, interval=self.interval, progress=False
+            ).pooled
         return self._networks[moment]
 
     def identity(self, time: pd.Timestamp) -> str:
         "Changes when the recipe does, or a candle that the network at `time` may know."
-        return " ".join([self.recipe.hash, *(f"{name} {content_hash(frame)}" for name, frame in sorted(self.known(time).items()))])
+        return " ".join(
+            [self.recipe.hash, *(f"{name} {content_hash(frame)}" for name, frame in sorted(self.known(time).items()))]
+        )
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #7463bf47
 class Contender(NamedTuple):
@@ -94,12 +107,20 @@ def _from_pool(name: str, pool: Pool | None) -> Contender:
         from make_us_rich.models.pooled import finetune
 
         network = pool.network(known["timestamp"].iloc[-1] + pool.interval.delta)
-        return network.forecaster if name == "pooled" else finetune(known, network, recipe, interval=pool.interval, progress=False).forecaster
+        return (
+            network.forecaster
+            if name == "pooled"
+            else finetune(known, network, recipe, interval=pool.interval, progress=False).forecaster
+        )
 
-    return Contender(name, lambda: TorchPeer(name, train), f"recipe {recipe.hash}" if name == "finetune" else "peer", pool)
+    return Contender(
+        name, lambda: TorchPeer(name, train), f"recipe {recipe.hash}" if name == "finetune" else "peer", pool
+    )
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #e53a1949
-def contenders(models: Sequence[str] | Mapping[str, Any], interval: str | Interval = "1h", pool: Pool | None = None) -> list[Contender]:
+def contenders(
+    models: Sequence[str] | Mapping[str, Any], interval: str | Interval = "1h", pool: Pool | None = None
+) -> list[Contender]:
     "Contenders from names, or from a dict of recipes and functions that make a peer; SettingsError names the nearest known name."
     step, found = Interval.parse(interval), []
     for name, model in dict(models if isinstance(models, Mapping) else dict.fromkeys(models)).items():
@@ -110,7 +131,9 @@ def contenders(models: Sequence[str] | Mapping[str, Any], interval: str | Interv
         right = known.get(name.lower())
         if right is None:
             near = known[difflib.get_close_matches(name.lower(), known, 1, 0.0)[0]]
-            raise SettingsError(f"there is no model {name!r}; did you mean {near!r}? All of them: {', '.join(known.values())}", "peer")
+            raise SettingsError(
+                f"there is no model {name!r}; did you mean {near!r}? All of them: {', '.join(known.values())}", "peer"
+            )
         found.append(_named(right, step, pool))
     if not found:
         raise SettingsError("a backtest needs at least one model; for example HAR-t", "peer")
@@ -121,7 +144,11 @@ def _named(name: str, interval: Interval, pool: Pool | None) -> Contender:
     "One of the known names."
     if name in POOLED_NAMES:
         return _from_pool(name, pool)
-    return _trained(name, load_recipe(RECIPES[name]), interval) if name in RECIPES else Contender(name, functools.partial(make_peer, name, interval), "peer")
+    return (
+        _trained(name, load_recipe(RECIPES[name]), interval)
+        if name in RECIPES
+        else Contender(name, functools.partial(make_peer, name, interval), "peer")
+    )
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #fb622bfa
 class Block(NamedTuple):
@@ -142,7 +169,10 @@ def _moment(text: str | pd.Timestamp, what: str) -> pd.Timestamp:
 
 
 def plan_blocks(
-    frame: pd.DataFrame, since: str | pd.Timestamp = "", until: str | pd.Timestamp | None = None, refit_every: str = "7D",
+    frame: pd.DataFrame,
+    since: str | pd.Timestamp = "",
+    until: str | pd.Timestamp | None = None,
+    refit_every: str = "7D",
     interval: str | Interval = "1h",
 ) -> list[Block]:
     "Blocks of forecasts issued from `since` (empty: 21 days before the end) to `until`; CandleError if no hour can be forecast."
@@ -151,13 +181,18 @@ def plan_blocks(
     last = closes.iloc[-1] if until in (None, "") else _moment(until or "", "until")
     first = _moment(since, "since") if since else last - pd.Timedelta("21D")
     if first > last:
-        raise SettingsError(f"since is {first:%Y-%m-%d %H:%M}, after {last:%Y-%m-%d %H:%M}, the end of the backtest; give an earlier since", "time")
+        raise SettingsError(
+            f"since is {first:%Y-%m-%d %H:%M}, after {last:%Y-%m-%d %H:%M}, the end of the backtest; give an earlier since",
+            "time",
+        )
     try:
         length = pd.Timedelta(refit_every)
     except ValueError:
         raise SettingsError(f"refit_every is a time such as 7D or 24h, not {refit_every[:40]!r}", "time") from None
     if length < step.delta:
-        raise SettingsError(f"refit_every is {refit_every}, shorter than one candle of {step}; give at least {step}", "time")
+        raise SettingsError(
+            f"refit_every is {refit_every}, shorter than one candle of {step}; give at least {step}", "time"
+        )
     rows = scorable_rows(frame, np.flatnonzero((closes >= first) & (closes <= last)), step)
     number = ((closes.iloc[rows] - first) // length).to_numpy()
     starts = [first + k * length for k in np.unique(number)]
@@ -172,7 +207,11 @@ def plan_blocks(
 def forecast_block(contender: Contender, frame: pd.DataFrame, block: Block, history: int = 8760) -> np.ndarray:
     "Q [n, 21] of a block by a model fitted on the last `history` candles known at its start; TrainingError if it looks ahead."
     first = max(0, block.fit + 1 - history)
-    known, rows, end = frame.iloc[first : block.rows[-1] + 1].reset_index(drop=True), block.rows - first, block.fit - first
+    known, rows, end = (
+        frame.iloc[first : block.rows[-1] + 1].reset_index(drop=True),
+        block.rows - first,
+        block.fit - first,
+    )
     peer = contender.make().fit(known.iloc[: end + 1], end)
     Q, middle = peer.quantiles(known, rows), len(rows) // 2
     again = peer.quantiles(known.iloc[: rows[middle] + 1], rows[[middle]])
@@ -194,17 +233,34 @@ COLUMNS = [f"q{level}" for level in LEVELS]
 def _code_version() -> str:
     "A hash of the modules that make forecasts."
     package = Path(str(files("make_us_rich")))
-    modules = [path for name in _SOURCES for path in sorted([package / f"{name}.py", *(package / name).glob("*.py")]) if path.is_file()]
+    modules = [
+        path
+        for name in _SOURCES
+        for path in sorted([package / f"{name}.py", *(package / name).glob("*.py")])
+        if path.is_file()
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def block_path(out: Path, contender: Contender, frame: pd.DataFrame, block: Block, history: int = 8760) -> Path:
     "The Parquet file of a block: out/<model>/<start>-<hash>.parquet."
     seen = frame.iloc[max(0, block.fit + 1 - history) : block.rows[-1] + 1]
-    facts = [content_hash(seen), contender.name, contender.identity, _code_version(), str(block.start), str(len(block.rows)), str(history)]
+    facts = [
+        content_hash(seen),
+        contender.name,
+        contender.identity,
+        _code_version(),
+        str(block.start),
+        str(len(block.rows)),
+        str(history),
+    ]
     if contender.pool:
         facts.append(contender.pool.identity(frame["timestamp"].iloc[block.fit] + contender.pool.interval.delta))
-    return out / contender.name / f"{block.start:%Y%m%dT%H%MZ}-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:12]}.parquet"
+    return (
+        out
+        / contender.name
+        / f"{block.start:%Y%m%dT%H%MZ}-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:12]}.parquet"
+    )
 
 
 def read_block(path: Path, frame: pd.DataFrame, block: Block) -> np.ndarray | None:

@@ -38,7 +38,9 @@ class CandleSource(Protocol):
 
     def now(self) -> pd.Timestamp: ...
 
-    def get_data(self, symbol: str, interval: str, start: Any, end: Any, *, progress: Progress | None) -> pd.DataFrame: ...
+    def get_data(
+        self, symbol: str, interval: str, start: Any, end: Any, *, progress: Progress | None
+    ) -> pd.DataFrame: ...
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #5b38d285
 @dataclass(frozen=True)
@@ -100,8 +102,12 @@ class Provenance:
 
     def _repr_markdown_(self) -> str:
         head = f"**{self.pair} {self.interval}** from {self.source}, {self.revisions} revised, content `{self.content_hash[:12]}`"
-        rows = [f"| {utc_iso(r.start)} | {utc_iso(r.end)} | {r.rows:,} | {utc_iso(r.fetched_at)} |" for r in self.ranges]
-        return "\n".join([head, "", self.report._repr_markdown_(), "", "| from | to | rows | fetched |", "|---|---|---|---|", *rows])
+        rows = [
+            f"| {utc_iso(r.start)} | {utc_iso(r.end)} | {r.rows:,} | {utc_iso(r.fetched_at)} |" for r in self.ranges
+        ]
+        return "\n".join(
+            [head, "", self.report._repr_markdown_(), "", "| from | to | rows | fetched |", "|---|---|---|---|", *rows]
+        )
 
     def __rich__(self) -> object:
         from rich.markdown import Markdown
@@ -113,7 +119,9 @@ _COUNTS = ("duplicates", "misaligned", "invalid", "unclosed", "unsorted")
 
 
 def _to_json(book: Provenance) -> str:
-    facts = {k: v for k, v in asdict(book).items() if k != "report"} | {"dropped": {k: getattr(book.report, k) for k in _COUNTS}}
+    facts = {k: v for k, v in asdict(book).items() if k != "report"} | {
+        "dropped": {k: getattr(book.report, k) for k in _COUNTS}
+    }
     return json.dumps(facts, default=utc_iso)
 
 
@@ -122,7 +130,9 @@ def _from_json(text: str, frame: pd.DataFrame) -> Provenance:
     facts["report"] = _report(frame, facts["interval"], facts.pop("dropped"))
     facts["asked_from"] = pd.Timestamp(facts["asked_from"])
     times = ("start", "end", "fetched_at")
-    facts["ranges"] = [Range(**{k: pd.Timestamp(v) if k in times else v for k, v in r.items()}) for r in facts["ranges"]]
+    facts["ranges"] = [
+        Range(**{k: pd.Timestamp(v) if k in times else v for k, v in r.items()}) for r in facts["ranges"]
+    ]
     return Provenance(**facts)
 
 
@@ -149,7 +159,9 @@ def _seal(data: bytes) -> bytes:
 def _unseal(data: bytes) -> bytes:
     at = data.rfind(_SEAL) + len(_SEAL)
     if at < len(_SEAL):
-        raise DamagedFile("it is empty" if not data else "it has no seal, so its end is missing or another program wrote it")
+        raise DamagedFile(
+            "it is empty" if not data else "it has no seal, so its end is missing or another program wrote it"
+        )
     blank = data[:at] + _BLANK + data[at + len(_BLANK) :]
     if hashlib.sha256(blank).hexdigest().encode() != data[at : at + len(_BLANK)]:
         raise DamagedFile("its bytes are not those that were written")
@@ -182,7 +194,9 @@ def open_candle_file(data: bytes, pair: Pair, interval: Interval) -> tuple[pd.Da
 OVERLAP = 24
 
 
-def merge_candles(stored: pd.DataFrame, fetched: pd.DataFrame) -> tuple[pd.DataFrame, list[pd.Timestamp], list[pd.Timestamp]]:
+def merge_candles(
+    stored: pd.DataFrame, fetched: pd.DataFrame
+) -> tuple[pd.DataFrame, list[pd.Timestamp], list[pd.Timestamp]]:
     "Both frames as one, the fetched rows winning; the open times that are new, and those whose values changed."
     both = stored.merge(fetched, on="timestamp", suffixes=("", "_new"))
     names = [name for name in stored.columns if name != "timestamp"]
@@ -199,7 +213,9 @@ _Span = tuple[pd.Timestamp, pd.Timestamp]  # the first open time, and the instan
 
 
 def _nothing(pair: Pair, step: Interval, source: str, until: pd.Timestamp) -> _Stored:
-    empty = pd.DataFrame(columns=COLUMNS, dtype="float64").astype({"timestamp": TIME, "close_time": TIME, "trades": "int64"})
+    empty = pd.DataFrame(columns=COLUMNS, dtype="float64").astype(
+        {"timestamp": TIME, "close_time": TIME, "trades": "int64"}
+    )
     return empty, Provenance(str(pair), str(step), source, [], 0, content_hash(empty), until, False, CandleReport())
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #21814af3
@@ -261,7 +277,9 @@ def one_writer(path: Path, wait: float) -> Iterator[None]:
         text = f"another process has been updating {path} for more than {wait:g} s; let it finish or stop it, then run again"
         raise StoreError(text, "busy") from None
     except OSError as e:
-        raise StoreError(f"{path.parent} cannot be written to ({e.strerror}); mend it or set MUR_HOME to another folder") from None
+        raise StoreError(
+            f"{path.parent} cannot be written to ({e.strerror}); mend it or set MUR_HOME to another folder"
+        ) from None
     try:
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -287,7 +305,9 @@ def _trusted(path: Path, pair: Pair, step: Interval, now: pd.Timestamp | None = 
         problem = str(e)
     path.replace(path.with_name(f"{path.name}.bad"))
     sync_folder(path.parent)
-    log.warning("%s was put aside as %s.bad: %s; its candles are fetched again by the next update", path, path.name, problem)
+    log.warning(
+        "%s was put aside as %s.bad: %s; its candles are fetched again by the next update", path, path.name, problem
+    )
     return None
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #ae72dc33
@@ -302,14 +322,18 @@ def _as_utc(time: Time) -> pd.Timestamp:
 def _refuse_mixture(book: Provenance, source: str, path: Path) -> None:
     if book.source != source:
         rule = f"{path} holds candles from {book.source}, and one file never mixes two sources"
-        raise StoreError(f"{rule}; set MUR_HOME to another folder for candles from {source}, or delete the file", "mixed_sources")
+        raise StoreError(
+            f"{rule}; set MUR_HOME to another folder for candles from {source}, or delete the file", "mixed_sources"
+        )
 
 
 def _save(path: Path, stored: _Stored) -> None:
     try:
         write_atomic(path, _pack(*stored))
     except OSError as e:
-        raise StoreError(f"{path} could not be written ({e.strerror}), what was there before still is; make room, then run again") from None
+        raise StoreError(
+            f"{path} could not be written ({e.strerror}), what was there before still is; make room, then run again"
+        ) from None
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #d797d010
 HISTORY = pd.Timedelta(days=365)
@@ -325,8 +349,15 @@ class CandleStore:
         "Where the candles of a pair are, or would be."
         return self.root / str(Pair.parse(pair)) / f"{Interval.parse(interval)}.parquet"
 
-    def update(self, client: CandleSource, pair: str | Pair, interval: str | Interval = "1h", rows: int | None = None,
-               start: Time | None = None, progress: Progress | None = None) -> CandleReport:
+    def update(
+        self,
+        client: CandleSource,
+        pair: str | Pair,
+        interval: str | Interval = "1h",
+        rows: int | None = None,
+        start: Time | None = None,
+        progress: Progress | None = None,
+    ) -> CandleReport:
         "Fetch what is missing of the newest `rows` candles or of all since `start` (default: a year, then what is new); report on the file."
         path, pair, step = self.path(pair, interval), Pair.parse(pair), Interval.parse(interval)
         since = None if start is None else _as_utc(start).ceil(step.delta)
@@ -342,13 +373,22 @@ class CandleStore:
             while spans := _past(stored, wanted, since):
                 stored = _fetch(client, stored, spans[0], now, progress)
             if stored[0].empty:
-                raise CandleError(f"{client.source} has no closed {step} candles of {pair} in the span asked for; ask for another start", "no_candles")
+                raise CandleError(
+                    f"{client.source} has no closed {step} candles of {pair} in the span asked for; ask for another start",
+                    "no_candles",
+                )
             if stored[1] != before[1]:
                 _save(path, stored)
         return stored[1].report
 
-    def read(self, pair: str | Pair, interval: str | Interval = "1h", rows: int | None = None,
-             start: Time | None = None, end: Time | None = None) -> pd.DataFrame:
+    def read(
+        self,
+        pair: str | Pair,
+        interval: str | Interval = "1h",
+        rows: int | None = None,
+        start: Time | None = None,
+        end: Time | None = None,
+    ) -> pd.DataFrame:
         "Stored candles that open from `start` to `end`, both included; of these the newest `rows`, fewer if there are fewer."
         frame, _ = self._open(pair, interval)
         opens = frame["timestamp"]
@@ -370,5 +410,7 @@ class CandleStore:
             with one_writer(path, self.wait):
                 stored = _trusted(path, pair, step)
         if stored is None:
-            raise CandleError(f"the stored {step} candles of {pair} were damaged and are now in {path}.bad; {again}", "damaged")
+            raise CandleError(
+                f"the stored {step} candles of {pair} were damaged and are now in {path}.bad; {again}", "damaged"
+            )
         return stored

@@ -35,7 +35,9 @@ def to_utc(values: "pd.Series | np.ndarray | list") -> pd.Series:
     size = number.abs()
     ms = number.where(size.between(1e11, 1e14))
     ms = ms.fillna(number.where(size < 1e11) * 1000).fillna(number.where(size.between(1e14, 1e17)) / 1000)
-    ms = (ms // 1).where(ms.between(1_230_768_000_000, 4_102_444_800_000))  # 2009, before which no coin was traded, to 2100
+    ms = (ms // 1).where(
+        ms.between(1_230_768_000_000, 4_102_444_800_000)
+    )  # 2009, before which no coin was traded, to 2100
     return pd.to_datetime(ms, unit="ms", utc=True).astype(TIME)
 
 # %% ../../nbs/02_market/02_candles.ipynb #28ccf85f
@@ -105,7 +107,11 @@ class CandleReport:
         return sum(gap.missing for gap in self.gaps)
 
     def _repr_markdown_(self) -> str:
-        span = f"{utc_iso(self.first)} to {utc_iso(self.last)}" if self.first is not None and self.last is not None else "nothing"
+        span = (
+            f"{utc_iso(self.first)} to {utc_iso(self.last)}"
+            if self.first is not None and self.last is not None
+            else "nothing"
+        )
         gaps = "; ".join(map(str, self.gaps[:5])) + (f"; and {len(self.gaps) - 5} more" if len(self.gaps) > 5 else "")
         lines = [
             "| candles | |",
@@ -149,7 +155,9 @@ def clean_candles(
     frame = frame[closed].reset_index(drop=True).astype({"trades": "int64"})
     first, last = (frame["timestamp"].iloc[0], frame["timestamp"].iloc[-1]) if len(frame) else (None, None)
     gaps = find_gaps(frame, step)
-    return frame, CandleReport(len(frame), first, last, gaps, duplicates, int(misaligned.sum()), int(invalid.sum()), unclosed, unsorted)
+    return frame, CandleReport(
+        len(frame), first, last, gaps, duplicates, int(misaligned.sum()), int(invalid.sum()), unclosed, unsorted
+    )
 
 # %% ../../nbs/02_market/02_candles.ipynb #7f51503b
 def fake_candles(
@@ -176,7 +184,13 @@ def fake_candles(
     volume = 1000 * np.exp(rng.normal(0, 0.4, n)) * (sigma / volatility)
     taker = volume * np.clip(0.5 + 0.05 * rng.normal(size=n), 0, 1)
     values = [open_, high, low, close, volume, volume * close, np.ceil(volume / 3), taker, taker * close]
-    frame = pd.DataFrame({"timestamp": times, "close_time": times + step.delta - pd.Timedelta("1ms"), **dict(zip(VALUE_COLUMNS, values, strict=True))})
+    frame = pd.DataFrame(
+        {
+            "timestamp": times,
+            "close_time": times + step.delta - pd.Timedelta("1ms"),
+            **dict(zip(VALUE_COLUMNS, values, strict=True)),
+        }
+    )
     return frame[COLUMNS].astype({"trades": "int64", "close_time": TIME})
 
 # %% ../../nbs/02_market/02_candles.ipynb #cc343fa6
@@ -184,10 +198,14 @@ def check_candles(frame: pd.DataFrame, interval: str | Interval = "1h") -> pd.Da
     "The frame itself if it keeps every rule of a candle frame; else `CandleError`."
     step = Interval.parse(interval)
     if list(frame.columns) != COLUMNS:
-        raise CandleError(f"a candle frame has the columns {', '.join(COLUMNS)}, not {', '.join(map(str, frame.columns))}; pass it through clean_candles")
+        raise CandleError(
+            f"a candle frame has the columns {', '.join(COLUMNS)}, not {', '.join(map(str, frame.columns))}; pass it through clean_candles"
+        )
     times = frame["timestamp"]
     if str(times.dtype) != TIME or str(frame["close_time"].dtype) != TIME:
-        raise CandleError(f"candle times are {TIME}, not {times.dtype} and {frame['close_time'].dtype}; pass the frame through clean_candles")
+        raise CandleError(
+            f"candle times are {TIME}, not {times.dtype} and {frame['close_time'].dtype}; pass the frame through clean_candles"
+        )
     rules = {
         "every candle is valid (prices > 0, low <= open, close <= high, amounts >= 0)": _invalid(frame, step),
         f"candles open on a whole {step}": _misaligned(frame, step),
@@ -197,7 +215,9 @@ def check_candles(frame: pd.DataFrame, interval: str | Interval = "1h") -> pd.Da
         if broken.any():
             where = times[broken].iloc[0]
             when = "a row without a time" if pd.isna(where) else utc_iso(where)
-            raise CandleError(f"{rule}, but {int(broken.sum())} of {len(frame)} do not, first {when}; pass the frame through clean_candles")
+            raise CandleError(
+                f"{rule}, but {int(broken.sum())} of {len(frame)} do not, first {when}; pass the frame through clean_candles"
+            )
     return frame.reset_index(drop=True)
 
 # %% ../../nbs/02_market/02_candles.ipynb #4e3e293a
@@ -219,7 +239,9 @@ def read_candles(path: str | Path) -> pd.DataFrame:
     raw = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     lacking = [name for name in COLUMNS[:5] if name not in raw]
     if lacking:
-        raise CandleError(f"{path.name} lacks the columns {', '.join(lacking)}; name them as the exchange does: {', '.join(COLUMNS)}")
+        raise CandleError(
+            f"{path.name} lacks the columns {', '.join(lacking)}; name them as the exchange does: {', '.join(COLUMNS)}"
+        )
     raw["timestamp"] = _as_time(raw["timestamp"])
     closes = _as_time(raw["close_time"]) if "close_time" in raw else raw["timestamp"] + pd.Timedelta("59min 59.999s")
     return _typed(raw.assign(close_time=closes))
@@ -248,7 +270,9 @@ def load_sample(pair: str | Pair = "BTC_USDT") -> pd.DataFrame:
     "The embedded hourly candles of BTC_USDT (2022 and 2023) or SOL_USDT (2023-09 to 2025-08): historical, not live."
     name = str(Pair.parse(pair))
     if name not in SAMPLE_PAIRS:
-        raise CandleError(f"the embedded sample holds {' and '.join(SAMPLE_PAIRS)}, not {name}; take one of these", "no_candles")
+        raise CandleError(
+            f"the embedded sample holds {' and '.join(SAMPLE_PAIRS)}, not {name}; take one of these", "no_candles"
+        )
     with (files("make_us_rich.market") / "sample" / f"{name}-1h.parquet").open("rb") as f:
         return check_candles(_typed(pd.read_parquet(f)).astype({"trades": "int64"}))
 

@@ -52,16 +52,24 @@ class Breaker:
         with FileLock(self.path.with_suffix(".lock"), timeout=10):
             if seconds > self.left()[0]:
                 until = self.clock() + pd.Timedelta(seconds=seconds)
-                write_atomic(self.path, json.dumps({"until": until.isoformat(), "seconds": seconds, "why": why}).encode())
+                write_atomic(
+                    self.path, json.dumps({"until": until.isoformat(), "seconds": seconds, "why": why}).encode()
+                )
 
     def check(self) -> None:
         "`ExchangeError` while the pause lasts."
         seconds, why = self.left()
         if seconds > 0:
-            raise ExchangeError(f"the exchange {why}; it is not called again before {utc_iso(self.clock() + pd.Timedelta(seconds=seconds))}", "rate_limited")
+            raise ExchangeError(
+                f"the exchange {why}; it is not called again before {utc_iso(self.clock() + pd.Timedelta(seconds=seconds))}",
+                "rate_limited",
+            )
 
 # %% ../../nbs/02_market/05_clock.ipynb #f3b74976
-REFUSALS = {429: ("gets too many requests from here (HTTP 429)", 60.0), 418: ("has banned this address for a while (HTTP 418)", 120.0)}
+REFUSALS = {
+    429: ("gets too many requests from here (HTTP 429)", 60.0),
+    418: ("has banned this address for a while (HTTP 418)", 120.0),
+}
 
 
 WEIGHT_A_MINUTE = 6000  # Binance's limit for one address
@@ -75,7 +83,9 @@ def note_answer(breaker: Breaker, status: int, headers: Mapping[str, str]) -> No
         breaker.pause(float(told) if told.isdigit() else seconds, why)
     weight = headers.get("x-mbx-used-weight-1m", "")
     if weight.isdigit() and int(weight) >= 0.8 * WEIGHT_A_MINUTE:
-        breaker.pause(60.0 - breaker.clock().second, f"has counted {weight} of the {WEIGHT_A_MINUTE} weights of this minute")
+        breaker.pause(
+            60.0 - breaker.clock().second, f"has counted {weight} of the {WEIGHT_A_MINUTE} weights of this minute"
+        )
 
 
 def guard(client: BinanceClient, breaker: Breaker) -> None:
@@ -107,7 +117,9 @@ class Market:
         self.client, self.breaker, self.clock = client, breaker, clock
         self.lock, self.offset = threading.Lock(), pd.Timedelta(0)
         self.problem = ""
-        self.rest_until = self.back = pd.Timestamp(0, tz="UTC")  # nobody asks before; when it answered again after an outage
+        self.rest_until = self.back = pd.Timestamp(
+            0, tz="UTC"
+        )  # nobody asks before; when it answered again after an outage
         guard(client, breaker)
 
     @property
@@ -125,7 +137,9 @@ class Market:
         if abs(offset - self.offset) > pd.Timedelta("1s"):
             self.offset = offset
 
-    def get_data(self, symbol: Any, interval: Any, start: Any, end: Any, *, progress: Progress | None = None) -> pd.DataFrame:
+    def get_data(
+        self, symbol: Any, interval: Any, start: Any, end: Any, *, progress: Progress | None = None
+    ) -> pd.DataFrame:
         "As `BinanceClient.get_data`."
         frame = self.client.get_data(symbol, interval, start=start, end=end, progress=progress)
         self.set_clock(frame.attrs["now"])

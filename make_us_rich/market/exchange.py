@@ -29,7 +29,9 @@ from .candles import CandleReport, candles_from_klines, check_candles, clean_can
 class _PunctualAdapter(HTTPAdapter):
     "Transport whose read timeout bounds the whole answer, not one read of it."
 
-    def send(self, request: Any, stream: bool = False, timeout: Any = None, *args: Any, **kwargs: Any) -> requests.Response:
+    def send(
+        self, request: Any, stream: bool = False, timeout: Any = None, *args: Any, **kwargs: Any
+    ) -> requests.Response:
         deadline = time.monotonic() + timeout[1]
         response = super().send(request, True, timeout, *args, **kwargs)
         pieces = []
@@ -42,13 +44,24 @@ class _PunctualAdapter(HTTPAdapter):
         return response
 
 # %% ../../nbs/02_market/03_exchange.ipynb #6ba351e8
-TRIES, PATIENCE, LONGEST_WAIT, PAUSE = 4, 15.0, 10.0, 0.25  # calls, seconds for all of them, seconds of Retry-After, first pause
+TRIES, PATIENCE, LONGEST_WAIT, PAUSE = (
+    4,
+    15.0,
+    10.0,
+    0.25,
+)  # calls, seconds for all of them, seconds of Retry-After, first pause
 
 
 HICCUPS = (429, 500, 502, 503, 504)
 
 
-FAILURES = (BinanceAPIException, BinanceRequestException, requests.RequestException, urllib3.exceptions.HTTPError, AttributeError)
+FAILURES = (
+    BinanceAPIException,
+    BinanceRequestException,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    AttributeError,
+)
 
 
 def _retry_after(response: requests.Response | None) -> float | None:
@@ -59,7 +72,9 @@ def _retry_after(response: requests.Response | None) -> float | None:
 
 def _pause(error: Exception, response: requests.Response | None, attempt: int) -> float | None:
     "Seconds to wait before the next try, None if there must be none."
-    if isinstance(error, requests.ConnectionError) and isinstance(getattr(error.args[0], "reason", None), urllib3.exceptions.NewConnectionError):
+    if isinstance(error, requests.ConnectionError) and isinstance(
+        getattr(error.args[0], "reason", None), urllib3.exceptions.NewConnectionError
+    ):
         return None  # no such host, or nobody listens there
     answered = isinstance(error, (BinanceAPIException, AttributeError)) and response is not None
     if answered and response is not None and response.status_code not in HICCUPS:
@@ -82,15 +97,24 @@ def _date(response: requests.Response | None) -> pd.Timestamp | None:
 
 def _explain(error: Exception, response: requests.Response | None, host: str) -> Exception:
     "Our exception for a failure of python-binance or of the transport."
-    status = response.status_code if response is not None and isinstance(error, (BinanceAPIException, AttributeError)) else None
+    status = (
+        response.status_code
+        if response is not None and isinstance(error, (BinanceAPIException, AttributeError))
+        else None
+    )
     if status in (418, 429):
         how = "has banned this address for a while" if status == 418 else "gets too many requests from here"
-        return ExchangeError(f"the exchange {host} {how} (HTTP {status}); {_until(response, _retry_after(response))}, and try again", "rate_limited")
+        return ExchangeError(
+            f"the exchange {host} {how} (HTTP {status}); {_until(response, _retry_after(response))}, and try again",
+            "rate_limited",
+        )
     if status == 451:
         advice = "set MUR_EXCHANGE_URL to a host that does, such as https://data-api.binance.vision, or to a replay (mkrich replay)"
         return ExchangeError(f"the exchange {host} does not serve this place (HTTP 451); {advice}", "region")
     if isinstance(error, BinanceAPIException) and error.code and error.status_code < 500:
-        return ExchangeError(f"the exchange {host} refused the request: {error.message} (code {error.code}); check pair, interval and dates")
+        return ExchangeError(
+            f"the exchange {host} refused the request: {error.message} (code {error.code}); check pair, interval and dates"
+        )
     return ExchangeError(
         f"the exchange {host} is unavailable: {_why(error, status)}; check the network, try again later, or set MUR_EXCHANGE_URL to another host"
     )
@@ -112,7 +136,9 @@ class _Wire:
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(f"an exchange URL looks like https://data-api.binance.vision, not {url!r}; set MUR_EXCHANGE_URL that way")
+            raise SettingsError(
+                f"an exchange URL looks like https://data-api.binance.vision, not {url!r}; set MUR_EXCHANGE_URL that way"
+            )
         self.host, self.timeout = parts.netloc.rpartition("@")[2], timeout
         self.client = Client(ping=False)
         self.client.API_URL = url.rstrip("/").removesuffix("/api") + "/api"
@@ -160,7 +186,9 @@ def _page(wire: _Wire, pair: Pair, step: Interval, limit: int = MOST, **bounds: 
     except ExchangeError as error:
         raise _about_pair(error, wire, pair, step) from error
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) >= 12 for row in rows):
-        raise ExchangeError(f"the exchange {wire.host} answered something that is no list of klines; set MUR_EXCHANGE_URL to an exchange like Binance")
+        raise ExchangeError(
+            f"the exchange {wire.host} answered something that is no list of klines; set MUR_EXCHANGE_URL to an exchange like Binance"
+        )
     return _Page(candles_from_klines(rows), _date(wire.response) or _server_time(wire))
 
 
@@ -172,10 +200,15 @@ def _about_pair(error: ExchangeError, wire: _Wire, pair: Pair, step: Interval) -
     "A sharper error where the exchange complains of the pair or the interval."
     code = getattr(error.__cause__, "code", 0)
     if code == -1121:
-        return CandleError(f"the exchange {wire.host} does not know the pair {pair}; check its spelling, or choose another pair", "unknown_pair")
+        return CandleError(
+            f"the exchange {wire.host} does not know the pair {pair}; check its spelling, or choose another pair",
+            "unknown_pair",
+        )
     if code == -1120:
         said = getattr(error.__cause__, "message", "")
-        return SettingsError(f"the exchange {wire.host} has no candles of the interval {step} ({said.rstrip('.')}); choose another interval")
+        return SettingsError(
+            f"the exchange {wire.host} has no candles of the interval {step} ({said.rstrip('.')}); choose another interval"
+        )
     return error
 
 # %% ../../nbs/02_market/03_exchange.ipynb #bd7efbc5
@@ -188,20 +221,31 @@ def _status(wire: _Wire, pair: Pair) -> str:
 
 
 def _none(pair: Pair, since: pd.Timestamp) -> NoReturn:
-    raise CandleError(f"no candles for {pair} since {utc_iso(since)}; choose an earlier start, or another pair", "no_candles")
+    raise CandleError(
+        f"no candles for {pair} since {utc_iso(since)}; choose an earlier start, or another pair", "no_candles"
+    )
 
 
 def _useless(pair: Pair, report: CandleReport) -> None:
     "Refuses candles that all break a rule."
     if bad := report.misaligned + report.invalid:
         what = f"{report.misaligned} do not open on a whole interval, {report.invalid} are invalid"
-        raise CandleError(f"none of the {bad:,} candles of {pair} can be used: {what}; choose another period, pair or exchange")
+        raise CandleError(
+            f"none of the {bad:,} candles of {pair} can be used: {what}; choose another period, pair or exchange"
+        )
 
 
 def _ended(wire: _Wire, pair: Pair, last: pd.Timestamp) -> NoReturn:
     status = _status(wire, pair)
-    why = "the exchange stands still or the series has ended" if status == "TRADING" else f"the exchange lists it as {status}"
-    raise CandleError(f"{pair} has had no candle since {utc_iso(last)}: {why}; wait, ask for an earlier period, or choose another pair", "inactive")
+    why = (
+        "the exchange stands still or the series has ended"
+        if status == "TRADING"
+        else f"the exchange lists it as {status}"
+    )
+    raise CandleError(
+        f"{pair} has had no candle since {utc_iso(last)}: {why}; wait, ask for an earlier period, or choose another pair",
+        "inactive",
+    )
 
 
 def _withheld(wire: _Wire, pair: Pair, have: int, need: int) -> NoReturn:
@@ -212,7 +256,9 @@ def _withheld(wire: _Wire, pair: Pair, have: int, need: int) -> NoReturn:
 Progress = Callable[[int, int], None]
 
 
-def _newest(wire: _Wire, pair: Pair, step: Interval, rows: int, progress: Progress | None) -> tuple[pd.DataFrame, CandleReport, pd.Timestamp]:
+def _newest(
+    wire: _Wire, pair: Pair, step: Interval, rows: int, progress: Progress | None
+) -> tuple[pd.DataFrame, CandleReport, pd.Timestamp]:
     "The last `rows` closed candles, fewer if the series is younger."
     page = _page(wire, pair, step, min(MOST, rows + 1))
     now, last, span = page.now, step.floor(page.now) - step.delta, page.span()
@@ -326,7 +372,9 @@ def _when(value: str | date, name: str) -> pd.Timestamp:
         if pd.isna(when):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise SettingsError(f"{name} is a date such as 2023-12-31 or 2023-12-31T23:00Z, not {value!r}; write it that way") from None
+        raise SettingsError(
+            f"{name} is a date such as 2023-12-31 or 2023-12-31T23:00Z, not {value!r}; write it that way"
+        ) from None
     return when
 
 
@@ -348,7 +396,11 @@ class BinanceClient:
         "Where the candles come from; asks the exchange if it has not answered anything yet."
         if self._wire.response is None:
             self._wire.call(lambda c: c.ping())
-        return self._wire.response.headers.get("x-mur-source", self._wire.host) if self._wire.response is not None else self._wire.host
+        return (
+            self._wire.response.headers.get("x-mur-source", self._wire.host)
+            if self._wire.response is not None
+            else self._wire.host
+        )
 
     def now(self) -> pd.Timestamp:
         "The exchange's clock, UTC."
@@ -358,7 +410,9 @@ class BinanceClient:
         "`TRADING`, `BREAK` or another status of the exchange; `CandleError` for a pair that it does not know."
         return _status(self._wire, Pair.parse(pair))
 
-    def newest(self, pair: str | Pair, interval: str | Interval, rows: int, progress: Progress | None = None) -> pd.DataFrame:
+    def newest(
+        self, pair: str | Pair, interval: str | Interval, rows: int, progress: Progress | None = None
+    ) -> pd.DataFrame:
         "The last `rows` closed candles, fewer if the series is younger than that."
         if rows < 1:
             raise SettingsError(f"the number of candles is at least 1, not {rows}; ask for one or more")
@@ -379,14 +433,20 @@ class BinanceClient:
         first = pd.Timestamp(0, tz="UTC") if start is None else _when(start, "start")
         stop = None if end is None else _when(end, "end")
         if stop is not None and stop < first:
-            raise SettingsError(f"a period ends after its start, but {utc_iso(stop)} is before {utc_iso(first)}; swap or change them")
+            raise SettingsError(
+                f"a period ends after its start, but {utc_iso(stop)} is before {utc_iso(first)}; swap or change them"
+            )
         return _checked(_period(self._wire, pair, step, first, stop, progress), step)
 
-    def get_five_days_data(self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h") -> pd.DataFrame:
+    def get_five_days_data(
+        self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h"
+    ) -> pd.DataFrame:
         "The last five days as a count of closed candles: 120 of one hour."
         return self._days(5, symbol, compare, interval)
 
-    def get_one_year_data(self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h") -> pd.DataFrame:
+    def get_one_year_data(
+        self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h"
+    ) -> pd.DataFrame:
         "The last 365 days as a count of closed candles: 8,760 of one hour."
         return self._days(365, symbol, compare, interval)
 
@@ -395,5 +455,8 @@ class BinanceClient:
         frame = self.newest(pair, interval, rows)
         if len(frame) < rows:
             first = utc_iso(frame["timestamp"].iloc[0])
-            raise CandleError(f"need {rows:,} closed candles, have {len(frame):,}: {pair} begins {first}; ask for a shorter period", "short_history")
+            raise CandleError(
+                f"need {rows:,} closed candles, have {len(frame):,}: {pair} begins {first}; ask for a shorter period",
+                "short_history",
+            )
         return frame

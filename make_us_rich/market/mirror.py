@@ -43,7 +43,9 @@ class CandleMirror:
         shared = _read(data, f"{self.objects.url}/{key}", name, step)
         if shared is not None and source and shared.source != source:
             rule = f"the shared candles {self.objects.url}/{key} come from {shared.source}, this exchange is {source}"
-            raise StoreError(f"{rule}, and one file never mixes two sources; set MUR_CANDLES_URL to another place", "mixed_sources")
+            raise StoreError(
+                f"{rule}, and one file never mixes two sources; set MUR_CANDLES_URL to another place", "mixed_sources"
+            )
         with one_writer(path, self.store.wait):
             local = _read(path.read_bytes(), str(path), name, step) if path.exists() else None
             if shared is None or data is None or worth(shared) <= worth(local):
@@ -58,7 +60,9 @@ class CandleMirror:
         book = _read(mine, str(path), name, step)
 
         def better(old: bytes | None) -> bytes | None:
-            written[0] = book is not None and worth(book) > worth(_read(old, f"{self.objects.url}/{name}/{step}.parquet", name, step))
+            written[0] = book is not None and worth(book) > worth(
+                _read(old, f"{self.objects.url}/{name}/{step}.parquet", name, step)
+            )
             return mine if written[0] else None
 
         change(self.objects, f"{name}/{step}.parquet", better, CANDLES_LIMIT)

@@ -77,7 +77,15 @@ def kline_rows(frame: pd.DataFrame) -> list[list]:
     texts = {name: [_decimal(x) for x in frame[name].tolist()] for name in VALUE_COLUMNS if name != "trades"}
     trades = [int(x) for x in frame["trades"]]
     opens, closes = _as_ms(frame["timestamp"]).tolist(), _as_ms(frame["close_time"]).tolist()
-    columns = [opens, *(texts[n] for n in VALUE_COLUMNS[:5]), closes, texts["quote_av"], trades, texts["tb_base_av"], texts["tb_quote_av"]]
+    columns = [
+        opens,
+        *(texts[n] for n in VALUE_COLUMNS[:5]),
+        closes,
+        texts["quote_av"],
+        trades,
+        texts["tb_base_av"],
+        texts["tb_quote_av"],
+    ]
     return [[*row, "0"] for row in zip(*columns, strict=True)]
 
 # %% ../../nbs/02_market/07_replay.ipynb #97347808
@@ -87,7 +95,13 @@ def cut_open_candle(row: list, part: float, factor: float = 1.0) -> list:
     price = first + (close - first) * part
     top, bottom = (max(price, first + (high - first) * part), min(price, first + (low - first) * part))
     amounts = {i: _decimal(round(float(row[i]) * part, 8)) for i in (5, 7, 9, 10)}
-    cut = [row[0], row[1], _decimal(round(top * factor, 8)), _decimal(round(bottom, 8)), _decimal(round(price * factor, 8))]
+    cut = [
+        row[0],
+        row[1],
+        _decimal(round(top * factor, 8)),
+        _decimal(round(bottom, 8)),
+        _decimal(round(price * factor, 8)),
+    ]
     return [*cut, amounts[5], row[6], amounts[7], int(row[8] * part), amounts[9], amounts[10], row[11]]
 
 # %% ../../nbs/02_market/07_replay.ipynb #d65cfdb6
@@ -127,7 +141,9 @@ class _Tape:
     @classmethod
     def of(cls, pair: str, frame: pd.DataFrame, interval: Interval) -> "_Tape":
         if frame.empty:
-            raise SettingsError(f"the replay needs recorded candles, but {pair} has none; leave the pair out or give it candles")
+            raise SettingsError(
+                f"the replay needs recorded candles, but {pair} has none; leave the pair out or give it candles"
+            )
         return cls(Pair.parse(pair), _as_ms(frame["timestamp"]), kline_rows(check_candles(frame, interval)))
 
     def page(self, now: int, step: int, start: int | None, end: int | None, limit: int, faults: Faults) -> list[list]:
@@ -168,7 +184,11 @@ def spoil(rows: list[list], faults: Faults) -> list[list]:
     if faults.offset_ms:
         rows = [[row[0] + faults.offset_ms, *row[1:6], row[6] + faults.offset_ms, *row[7:]] for row in rows]
     if faults.unit != "ms":
-        units = [UNITS["us"] if i % 2 else 1 for i in range(len(rows))] if faults.unit == "mixed" else [UNITS[faults.unit]] * len(rows)
+        units = (
+            [UNITS["us"] if i % 2 else 1 for i in range(len(rows))]
+            if faults.unit == "mixed"
+            else [UNITS[faults.unit]] * len(rows)
+        )
         rows = [[int(row[0] * u), *row[1:6], int(row[6] * u), *row[7:]] for row, u in zip(rows, units, strict=True)]
     if faults.shuffle:
         rows = random.Random(0).sample(rows, len(rows))
@@ -219,7 +239,10 @@ class _Replay:
         wanted = _parameter(params, "interval", "[0-9A-Za-z]{1,4}", required=True)
         if wanted != self.interval.name:
             known = wanted in (*MINUTES, "1s", "3d", "1w", "1M")
-            raise _Refusal(-1120, f"Invalid interval. This replay has only {self.interval} candles." if known else "Invalid interval.")
+            raise _Refusal(
+                -1120,
+                f"Invalid interval. This replay has only {self.interval} candles." if known else "Invalid interval.",
+            )
         limit = min(_number(params, "limit") or 500, 1000, faults.page_cap or 1000)
         start, end = (None if faults.stuck else _number(params, name) for name in ("startTime", "endTime"))
         return [] if faults.empty else spoil(tape.page(now, self.interval.ms, start, end, limit, faults), faults)
@@ -233,7 +256,11 @@ class _Replay:
     def exchange_info(self, params: dict[str, str], now: int) -> dict:
         "Symbols and their status; with `symbol`, of that one."
         symbol = _parameter(params, "symbol", SYMBOL)
-        tapes = [self._tape(symbol)] if symbol else [t for t in self.tapes.values() if str(t.pair) not in self.faults.renamed]
+        tapes = (
+            [self._tape(symbol)]
+            if symbol
+            else [t for t in self.tapes.values() if str(t.pair) not in self.faults.renamed]
+        )
         symbols = [
             {"symbol": t.pair.symbol, "status": "BREAK" if str(t.pair) in self.faults.delisted else "TRADING"}
             | {"baseAsset": t.pair.base, "quoteAsset": t.pair.quote}
@@ -256,7 +283,13 @@ def _broken(faults: Faults, body: bytes) -> tuple[int, bytes, str]:
     if faults.text_body:
         return faults.status or 500, b'"upstream failure"', kind
     if faults.status:
-        return status, json.dumps({"code": -1003 if status in (418, 429) else -1000, "msg": f"Refused by the replay with {status}."}).encode(), kind
+        return (
+            status,
+            json.dumps(
+                {"code": -1003 if status in (418, 429) else -1000, "msg": f"Refused by the replay with {status}."}
+            ).encode(),
+            kind,
+        )
     return status, body[: len(body) // 2] if faults.cut_json else body, kind
 
 
@@ -269,7 +302,11 @@ async def _drip(body: bytes, pause: float) -> AsyncIterator[bytes]:
 async def _answer(replay: _Replay, name: str, request: Request, make: Callable[[dict[str, str], int], Any]) -> Response:
     params, now = dict(request.query_params), int(replay.clock.now().timestamp() * 1000)
     replay.calls.append((request.url.path, params))
-    headers = {"Date": formatdate(now / 1000, usegmt=True), "x-mbx-used-weight-1m": str(replay.weight(name, now)), "x-mur-source": replay.label.encode("ascii", "replace").decode()}
+    headers = {
+        "Date": formatdate(now / 1000, usegmt=True),
+        "x-mbx-used-weight-1m": str(replay.weight(name, now)),
+        "x-mur-source": replay.label.encode("ascii", "replace").decode(),
+    }
     try:
         status, body = 200, json.dumps(make(params, now)).encode()
     except _Refusal as e:
@@ -329,11 +366,22 @@ def create_replay(
 
     @app.get("/replay")
     async def about() -> dict:
-        pairs = {str(t.pair): {"first": _iso(t.opens[0]), "last": _iso(t.opens[-1]), "rows": len(t.rows)} for t in tapes.values()}
-        return {"label": replay.label, "interval": str(step), "now": utc_iso(replay.clock.now()), "speed": replay.clock.speed, "pairs": pairs}
+        pairs = {
+            str(t.pair): {"first": _iso(t.opens[0]), "last": _iso(t.opens[-1]), "rows": len(t.rows)}
+            for t in tapes.values()
+        }
+        return {
+            "label": replay.label,
+            "interval": str(step),
+            "now": utc_iso(replay.clock.now()),
+            "speed": replay.clock.speed,
+            "pairs": pairs,
+        }
 
     async def move(change: ClockChange) -> dict:
-        replay.clock.set((change.now or replay.clock.now()) + pd.Timedelta(seconds=change.advance_seconds), change.speed)
+        replay.clock.set(
+            (change.now or replay.clock.now()) + pd.Timedelta(seconds=change.advance_seconds), change.speed
+        )
         return await about()
 
     if control:
@@ -347,7 +395,16 @@ def _iso(ms: int) -> str:
 # %% ../../nbs/02_market/07_replay.ipynb #b5e9e1d9
 def _server(app: FastAPI, **options: Any) -> uvicorn.Server:
     return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, date_header=False, server_header=False, lifespan="off", ws="none", **options)
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            date_header=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            **options,
+        )
     )
 
 
@@ -355,7 +412,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as e:
-        raise SettingsError(f"the replay cannot listen on {host}:{port} ({e.strerror}); choose another port, or 0 for any free one") from None
+        raise SettingsError(
+            f"the replay cannot listen on {host}:{port} ({e.strerror}); choose another port, or 0 for any free one"
+        ) from None
 
 # %% ../../nbs/02_market/07_replay.ipynb #c7e0b075
 class ReplayServer:

@@ -18,7 +18,11 @@ from ..market.candles import log_returns
 # %% ../../nbs/03_models/01_baselines.ipynb #d9555f87
 LEVELS: tuple[float, ...] = (0.025, *(round(0.05 * i, 2) for i in range(1, 20)), 0.975)
 MEDIAN = LEVELS.index(0.5)
-RANGES: dict[int, tuple[int, int]] = {50: (5, 15), 80: (2, 18), 95: (0, 20)}  # percent -> positions of its two ends in LEVELS
+RANGES: dict[int, tuple[int, int]] = {
+    50: (5, 15),
+    80: (2, 18),
+    95: (0, 20),
+}  # percent -> positions of its two ends in LEVELS
 
 # %% ../../nbs/03_models/01_baselines.ipynb #a12e9594
 class Peer(Protocol):
@@ -50,7 +54,10 @@ class Base:
         returns = log_returns(frame, self.interval)
         known = np.cumsum(np.isfinite(returns))[np.asarray(rows, dtype=int)]
         if len(known) and known.min() < 24:
-            raise CandleError(f"the base needs 24 returns before its first forecast, not {known.min()}; score later rows", "short_history")
+            raise CandleError(
+                f"the base needs 24 returns before its first forecast, not {known.min()}; score later rows",
+                "short_history",
+            )
         returns, Q = returns[np.isfinite(returns)], np.empty((len(known), len(LEVELS)))
         full = known >= self.count
         if full.any():

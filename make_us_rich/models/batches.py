@@ -90,7 +90,9 @@ def dense_rows(frame: pd.DataFrame, parts: Split, interval_ms: int) -> TrainingD
         x, scale = features(candles, open_time)
         y, ok = targets(candles, open_time, interval_ms, scale)
     adjacent = (open_time.diff(dim=1)[0] == interval_ms).numpy()
-    return TrainingData(x[0], y[0].clamp(-12, 12).float(), ok[0], adjacent[features.span :], features.span, parts, interval_ms)
+    return TrainingData(
+        x[0], y[0].clamp(-12, 12).float(), ok[0], adjacent[features.span :], features.span, parts, interval_ms
+    )
 
 # %% ../../nbs/03_models/06_batches.ipynb #99b24ea2
 def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h") -> TrainingData:
@@ -99,13 +101,19 @@ def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h"
     parts = split(len(frame), recipe.test_size, recipe.val_size, recipe.steps)
     closes = frame["close"].to_numpy()[: parts.val.stop]
     if np.ptp(closes) == 0:
-        raise TrainingError(f"no variance: all {len(closes)} closes before the test are {closes[0]:g}; choose a pair that trades", reason="no_variance")
+        raise TrainingError(
+            f"no variance: all {len(closes)} closes before the test are {closes[0]:g}; choose a pair that trades",
+            reason="no_variance",
+        )
     if recipe.kind == "original":
         return _prepare_original(*frame_tensors(frame), recipe, parts, ms)
     least = CandleFeatures.span + recipe.chunk
     if parts.test.start <= least:
         found = f"{parts.test.start} of {len(frame)}"
-        raise CandleError(f"training needs more than {least} candles before the test, there are {found}; fetch a longer history", reason="short_history")
+        raise CandleError(
+            f"training needs more than {least} candles before the test, there are {found}; fetch a longer history",
+            reason="short_history",
+        )
     return dense_rows(frame, parts, ms)
 
 # %% ../../nbs/03_models/06_batches.ipynb #f5f3a27d
@@ -150,12 +158,30 @@ class CandleDataModule(pl.LightningDataModule):
         mask[max(0, held.start - recipe.steps - data.first) : max(0, held.stop + recipe.steps - data.first)] = False
         starts = chunk_starts(data.adjacent, recipe.chunk, stop)
         if not len(starts):
-            raise CandleError(f"no {recipe.chunk} candles in a row without a gap before the test; fetch a longer history", reason="short_history")
-        return ChunkBatches((data.x, data.y, mask), starts, recipe.chunk, recipe.batch_size, recipe.steps_per_epoch, recipe.seed + self.member)
+            raise CandleError(
+                f"no {recipe.chunk} candles in a row without a gap before the test; fetch a longer history",
+                reason="short_history",
+            )
+        return ChunkBatches(
+            (data.x, data.y, mask),
+            starts,
+            recipe.chunk,
+            recipe.batch_size,
+            recipe.steps_per_epoch,
+            recipe.seed + self.member,
+        )
 
     def val_dataloader(self) -> ChunkBatches:
-        return window_batches(self.data, self.recipe, "val", 512) if self.windows else dense_batches(self.data, self.recipe, self.held_out())
+        return (
+            window_batches(self.data, self.recipe, "val", 512)
+            if self.windows
+            else dense_batches(self.data, self.recipe, self.held_out())
+        )
 
     def test_dataloader(self) -> ChunkBatches:
         test = self.data.split.test
-        return window_batches(self.data, self.recipe, "test", 512) if self.windows else dense_batches(self.data, self.recipe, range(test.start, test.stop))
+        return (
+            window_batches(self.data, self.recipe, "test", 512)
+            if self.windows
+            else dense_batches(self.data, self.recipe, range(test.start, test.stop))
+        )

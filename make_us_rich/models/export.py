@@ -58,8 +58,13 @@ def tidy(model: onnx.ModelProto) -> None:
 def signature(window: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     "The inputs and outputs of every graph that we publish: names, types and shapes."
     kinds = onnx.TensorProto
-    shapes = [("candles", kinds.DOUBLE, ["batch", window, len(VALUE_COLUMNS)]), ("open_time", kinds.INT64, ["batch", window]),
-              ("width", kinds.DOUBLE, ["batch"]), ("quantiles", kinds.DOUBLE, ["batch", len(LEVELS)]), ("scale", kinds.DOUBLE, ["batch"])]
+    shapes = [
+        ("candles", kinds.DOUBLE, ["batch", window, len(VALUE_COLUMNS)]),
+        ("open_time", kinds.INT64, ["batch", window]),
+        ("width", kinds.DOUBLE, ["batch"]),
+        ("quantiles", kinds.DOUBLE, ["batch", len(LEVELS)]),
+        ("scale", kinds.DOUBLE, ["batch"]),
+    ]
     infos = [onnx.helper.make_tensor_value_info(*shape) for shape in shapes]
     return infos[:3], infos[3:]
 
@@ -90,12 +95,20 @@ def convert_model(forecaster: torch.nn.Module, metadata: dict[str, str] | None =
     try:
         with _quiet():
             torch.onnx.export(
-                forecaster.eval(), inputs, target, dynamo=False, opset_version=20, input_names=INPUTS, output_names=OUTPUTS,
+                forecaster.eval(),
+                inputs,
+                target,
+                dynamo=False,
+                opset_version=20,
+                input_names=INPUTS,
+                output_names=OUTPUTS,
                 dynamic_axes={name: {0: "batch"} for name in INPUTS + OUTPUTS},
             )
     except Exception as e:
         why = str(e).strip().splitlines() or [type(e).__name__]
-        raise TrainingError(f"the model cannot be written as ONNX: {why[0]}; `mkrich doctor` shows the versions in use") from e
+        raise TrainingError(
+            f"the model cannot be written as ONNX: {why[0]}; `mkrich doctor` shows the versions in use"
+        ) from e
     model = onnx.load_model_from_string(target.getvalue())
     tidy(model)
     for have, want in zip((model.graph.input, model.graph.output), signature(window), strict=True):
@@ -114,18 +127,26 @@ def check_graph(data: bytes) -> onnx.ModelProto:
         raise TrainingError("these bytes are not an ONNX graph; export the model again") from None
     inside = list(messages(model))
     if any(m.external_data or m.data_location for m in inside if isinstance(m, onnx.TensorProto)):
-        raise TrainingError("the graph keeps weights in other files, which are not published; export with convert_model")
+        raise TrainingError(
+            "the graph keeps weights in other files, which are not published; export with convert_model"
+        )
     domains = {m.domain for m in inside if isinstance(m, (onnx.NodeProto, onnx.OperatorSetIdProto))}
     if model.functions or not domains <= {"", "ai.onnx"}:
-        raise TrainingError(f"the graph uses operators outside the ONNX standard ({sorted(domains - {''})}); use plain torch operations")
+        raise TrainingError(
+            f"the graph uses operators outside the ONNX standard ({sorted(domains - {''})}); use plain torch operations"
+        )
     dims = [d.dim_value for x in model.graph.input[:1] for d in x.type.tensor_type.shape.dim]
     if (list(model.graph.input), list(model.graph.output)) != signature(dims[1] if len(dims) == 3 else 0):
         found = ", ".join(x.name for x in [*model.graph.input, *model.graph.output])
-        raise TrainingError(f"the graph has other inputs and outputs ({found}) than the serving side counts on; export it with convert_model")
+        raise TrainingError(
+            f"the graph has other inputs and outputs ({found}) than the serving side counts on; export it with convert_model"
+        )
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as e:
-        raise TrainingError(f"the graph breaks a rule of ONNX: {str(e).strip().splitlines()[0]}; export the model again") from e
+        raise TrainingError(
+            f"the graph breaks a rule of ONNX: {str(e).strip().splitlines()[0]}; export the model again"
+        ) from e
     return model
 
 # %% ../../nbs/03_models/10_export.ipynb #6f05de9d
@@ -149,17 +170,23 @@ def open_session(data: bytes) -> Any:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def compare(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], close: np.ndarray) -> tuple[float, float]:
+def compare(
+    ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], close: np.ndarray
+) -> tuple[float, float]:
     "Largest difference of (quantiles, scale) pairs, scaled and relative; TrainingError if it is beyond what is allowed."
     (q, s), (p, t) = ours, theirs
     if not (np.isfinite(p).all() and np.isfinite(t).all() and (np.diff(p) >= 0).all()):
-        raise TrainingError("the exported graph gives quantiles that are not finite or not in order; it is not published, train again")
+        raise TrainingError(
+            "the exported graph gives quantiles that are not finite or not in order; it is not published, train again"
+        )
     x, y = (np.log(a / close[:, None]) / b[:, None] for a, b in ((q, s), (p, t)))
     scaled, price = np.abs(x - y), np.abs(p / q - 1).max()
     alike = (scaled <= 1e-5 + 1e-3 * np.abs(x)).all() and price <= 1e-6 and np.abs(t / s - 1).max() <= 1e-5
     if not alike:  # asked this way round, since a NaN is alike to nothing
         rule = f"{scaled.max():.1e} in units of the scale (1e-5 + 0.1 % allowed) and {price:.1e} of the price (1e-6 allowed)"
-        raise TrainingError(f"the exported graph differs from the trained model by {rule}; it is not published, see `mkrich doctor`")
+        raise TrainingError(
+            f"the exported graph differs from the trained model by {rule}; it is not published, see `mkrich doctor`"
+        )
     return float(scaled.max()), float(price)
 
 # %% ../../nbs/03_models/10_export.ipynb #6c795a6b

@@ -30,7 +30,9 @@ def frame_tensors(frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
 def windows(frame: pd.DataFrame, window: int, ends: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     "Windows `(candles [N, window, 9], open_time [N, window])`: all as views, or those whose newest rows are `ends`."
     if len(frame) < window:
-        raise CandleError(f"a window needs {window} candles, there are {len(frame)}; fetch a longer history", reason="short_history")
+        raise CandleError(
+            f"a window needs {window} candles, there are {len(frame)}; fetch a longer history", reason="short_history"
+        )
     candles, open_time = frame_tensors(frame)
     all_candles = candles[0].unfold(0, window, 1).transpose(1, 2)  # [N, window, 9]
     all_times = open_time[0].unfold(0, window, 1)  # [N, window]
@@ -38,7 +40,10 @@ def windows(frame: pd.DataFrame, window: int, ends: np.ndarray | None = None) ->
         return all_candles, all_times
     first = torch.as_tensor(np.asarray(ends), dtype=torch.int64) - (window - 1)
     if len(first) and int(first.min()) < 0:
-        raise CandleError(f"row {int(first.min()) + window - 1} has fewer than {window} candles behind it; start later", reason="short_history")
+        raise CandleError(
+            f"row {int(first.min()) + window - 1} has fewer than {window} candles behind it; start later",
+            reason="short_history",
+        )
     return all_candles[first], all_times[first]
 
 # %% ../../nbs/03_models/04_features.ipynb #09e9e2d4
@@ -64,7 +69,9 @@ class FirBank(nn.Module):
         self.block = block
         self.taps = max(len(kernel) for kernel in kernels)  # a multiple of block
         padded = [F.pad(kernel.flip(0), (self.taps - len(kernel), 0)) for kernel in kernels]
-        stairs = torch.stack(padded).unflatten(1, (-1, block)).sum(-1)  # [kernels, taps / block], one weight for each block mean
+        stairs = (
+            torch.stack(padded).unflatten(1, (-1, block)).sum(-1)
+        )  # [kernels, taps / block], one weight for each block mean
         self.register_buffer("weight", stairs[:, None].float(), persistent=False)
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -98,8 +105,16 @@ def candle_signals(candles: Tensor, open_time: Tensor, interval_ms: int) -> Sign
     known = (taker > 0) & (volume[:, 1:] > 0)
     share = torch.where(known, 5 * (taker / volume[:, 1:].clamp_min(1e-300) - 0.5), 0.0)
     log_volume, log_trades = torch.log1p(volume), torch.log1p(trades)
-    parts = (r, variance, spread, (close - start) / size, (high + low - 2 * close) / size,
-             log_volume[:, 1:] - log_volume[:, :-1], log_trades[:, 1:] - log_trades[:, :-1], share)
+    parts = (
+        r,
+        variance,
+        spread,
+        (close - start) / size,
+        (high + low - 2 * close) / size,
+        log_volume[:, 1:] - log_volume[:, :-1],
+        log_trades[:, 1:] - log_trades[:, :-1],
+        share,
+    )
     return Signals(*(part.float() for part in parts))
 
 # %% ../../nbs/03_models/04_features.ipynb #3cec841e
@@ -127,8 +142,13 @@ def hour_activity(activity: Tensor, open_time: Tensor, target_time: Tensor, rows
     "Log of the target hour's mean activity over all hours' mean, in the last `rows` rows: `[B, M] -> [B, M - rows]`."
     hour, target = clock(open_time)[0], clock(target_time)[0][:, None, rows:]  # [B, M], [B, 1, M - rows]
     own, activity = hour[:, None] == torch.arange(24)[:, None], activity.double()  # [B, 24, M], [B, M]
-    total, count = torch.where(own, activity[:, None], 0.0).cumsum(-1), own.float().cumsum(-1)  # counts are exact up to 2**24 rows
-    this_hour, days = (part[..., rows:].gather(1, target)[:, 0] - part[..., :-rows].gather(1, target)[:, 0] for part in (total, count))
+    total, count = (
+        torch.where(own, activity[:, None], 0.0).cumsum(-1),
+        own.float().cumsum(-1),
+    )  # counts are exact up to 2**24 rows
+    this_hour, days = (
+        part[..., rows:].gather(1, target)[:, 0] - part[..., :-rows].gather(1, target)[:, 0] for part in (total, count)
+    )
     every = activity.cumsum(-1)
     mean = ((every[:, rows:] - every[:, :-rows]) / rows).clamp_min(1e-12)
     return torch.log((this_hour + prior * mean).clamp_min(1e-12) / (days + prior) / mean).float()
@@ -200,7 +220,9 @@ class CandleFeatures(nn.Module):
         season = hour_activity(activity, open_time[:, SHORT + 1 :], target_time[:, SHORT + 1 :], LONG - SHORT - 1)
         level = _volatility(one, scale, others)
         columns = [*level, *moves[:2], *busy, *takers, *moves[2:], season, *clock_features(target_time[:, -rows:])]
-        return torch.stack(columns, 1).clamp(-8, 8).transpose(1, 2).contiguous(), scale.double()  # stacked in rows, which is faster
+        return torch.stack(columns, 1).clamp(-8, 8).transpose(
+            1, 2
+        ).contiguous(), scale.double()  # stacked in rows, which is faster
 
 # %% ../../nbs/03_models/04_features.ipynb #565db3dd
 def targets(candles: Tensor, open_time: Tensor, interval_ms: int, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +238,9 @@ def civil_date(open_time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Day of month, month and day of year (from 1) in UTC of times in ms, for dates from 1970 on."
     day = whole_division(open_time, 86_400_000) + 719_468  # days since 0000-03-01
     day = day - 146_097 * whole_division(day, 146_097)
-    year = whole_division(day - whole_division(day, 1_460) + whole_division(day, 36_524) - whole_division(day, 146_096), 365)  # of the 400-year era
+    year = whole_division(
+        day - whole_division(day, 1_460) + whole_division(day, 36_524) - whole_division(day, 146_096), 365
+    )  # of the 400-year era
     day_from_march = day - (365 * year + whole_division(year, 4) - whole_division(year, 100))
     month_from_march = whole_division(5 * day_from_march + 2, 153)
     day_of_month = day_from_march - whole_division(153 * month_from_march + 2, 5) + 1
@@ -230,7 +254,17 @@ class OriginalFeatures(nn.Module):
     "The report's nine features: `[B, T, 9]` candles and open times `[B, T]` -> float64 `[B, T, 9]`, unscaled."
 
     span = 0
-    names = ("day_of_week", "day_of_month", "week_of_year", "month_of_year", "open", "high", "low", "close", "close_change")
+    names = (
+        "day_of_week",
+        "day_of_month",
+        "week_of_year",
+        "month_of_year",
+        "open",
+        "high",
+        "low",
+        "close",
+        "close_change",
+    )
     n_features = 9
 
     def forward(self, candles: Tensor, open_time: Tensor) -> Tensor:
@@ -262,5 +296,8 @@ def split(n: int, test: float = 0.1, val: float = 0.2, purge: int = 120, least: 
     last = n - max(round(n * test), least)
     middle = last - round(last * val)
     if middle <= purge:
-        raise CandleError(f"{n} candles leave {max(middle, 0)} to train on, at least {purge + 1} are needed; fetch a longer history", reason="short_history")
+        raise CandleError(
+            f"{n} candles leave {max(middle, 0)} to train on, at least {purge + 1} are needed; fetch a longer history",
+            reason="short_history",
+        )
     return Split(slice(0, middle), slice(middle, last), slice(last, n), purge)

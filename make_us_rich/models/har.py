@@ -28,7 +28,10 @@ def decayed_mean(values: np.ndarray, half_life: float, taps: int | None = None) 
 
 def candle_variance(frame: pd.DataFrame, returns: np.ndarray, taps: int | None = None) -> np.ndarray:
     "Variance of each candle: mean of squared return and Garman-Klass, one wild print tamed; causal."
-    high_low, close_open = np.log(frame["high"] / frame["low"]).to_numpy(), np.log(frame["close"] / frame["open"]).to_numpy()
+    high_low, close_open = (
+        np.log(frame["high"] / frame["low"]).to_numpy(),
+        np.log(frame["close"] / frame["open"]).to_numpy(),
+    )
     garman_klass = np.maximum(0.5 * high_low**2 - (2 * np.log(2) - 1) * close_open**2, 0)
     variance = np.where(np.isfinite(returns), 0.5 * (np.nan_to_num(returns) ** 2 + garman_klass), garman_klass)
     before = np.append(np.inf, decayed_mean(variance, 240, taps)[:-1])
@@ -54,8 +57,11 @@ def _by_hour(values: np.ndarray, hour: np.ndarray, rows: int) -> np.ndarray:
     return sums[at, hour] - sums[np.maximum(at - rows, 0), hour]
 
 # %% ../../nbs/03_models/02_har.ipynb #24ef3852
-def har_inputs(frame: pd.DataFrame, interval: Interval, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def har_inputs(
+    frame: pd.DataFrame, interval: Interval, window: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "(x [T, p], s [T], y [T]) of HAR-t; x and s of row t use candles up to t, at most `window` of them (840 or more)."
+
     def decayed(values: np.ndarray, half_life: int) -> np.ndarray:
         return decayed_mean(values, half_life, None if window is None else min(6 * half_life, window - 120))
 
@@ -73,7 +79,13 @@ def har_inputs(frame: pd.DataFrame, interval: Interval, window: int | None = Non
         *(np.log(volatility[k] / s) for k in (2, 6, 72, 240)),
         *(np.log(size / s + 0.05) for size in (np.abs(np.nan_to_num(returns)), log_range)),
         *(volume - decayed(volume, 168), decayed(volume, 6) - decayed(volume, 168), trades - decayed(trades, 168)),
-        *(np.log(hour_factor(y, s, hour, None if window is None else window - 312)), np.sin(day), np.cos(day), np.sin(2 * day), np.cos(2 * day)),
+        *(
+            np.log(hour_factor(y, s, hour, None if window is None else window - 312)),
+            np.sin(day),
+            np.cos(day),
+            np.sin(2 * day),
+            np.cos(2 * day),
+        ),
         *(np.where(weekday >= 5, 1.0, 0.0), np.sin(week), np.cos(week), np.ones(len(frame))),
     ]
     return np.clip(np.stack(columns, axis=1), -8, 8), s, y
@@ -109,7 +121,9 @@ def _t_weights(x: np.ndarray, z: np.ndarray, known: np.ndarray, start: np.ndarra
     "Parameters of the largest penalised likelihood over the known rows."
     from scipy import optimize
 
-    return optimize.minimize(_t_loss, start, (x[known], z[known], 1e-3), "L-BFGS-B", jac=True, options={"maxiter": 100}).x
+    return optimize.minimize(
+        _t_loss, start, (x[known], z[known], 1e-3), "L-BFGS-B", jac=True, options={"maxiter": 100}
+    ).x
 
 # %% ../../nbs/03_models/02_har.ipynb #e9f4386e
 class HarT:
@@ -117,21 +131,28 @@ class HarT:
 
     name = "HAR-t"
 
-    def __init__(self, interval: str | Interval = "1h", refit: int = 168, history: int = 8000, window: int | None = None) -> None:
+    def __init__(
+        self, interval: str | Interval = "1h", refit: int = 168, history: int = 8000, window: int | None = None
+    ) -> None:
         self.interval, self.refit, self.history, self.window = Interval.parse(interval), refit, history, window
         self.end, self.start = 0, np.zeros(0)
 
     def fit(self, frame: pd.DataFrame, end: int) -> "HarT":
         "Weights from the outcomes known at row `end`; later refits start from them."
         x, s, y = har_inputs(frame.iloc[: end + 1], self.interval, self.window)
-        self.end, self.start = end, _t_weights(x, y / s, _known_rows(y / s, end, self.history), np.zeros(x.shape[1] + 1))
+        self.end, self.start = (
+            end,
+            _t_weights(x, y / s, _known_rows(y / s, end, self.history), np.zeros(x.shape[1] + 1)),
+        )
         return self
 
     def quantiles(self, frame: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
         "Q [n, 21]; each row uses weights fitted at the last whole week since `end`."
         rows = np.asarray(rows, dtype=int)
         if len(rows) and rows.min() < self.end:
-            raise ValueError(f"HAR-t was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end")
+            raise ValueError(
+                f"HAR-t was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end"
+            )
         x, s, y = har_inputs(frame, self.interval, self.window)
         Q = np.empty((len(rows), len(LEVELS)))
         for week in np.unique((rows - self.end) // self.refit):

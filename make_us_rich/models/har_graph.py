@@ -74,7 +74,7 @@ def _column(half_life: float, taps: int, rows: int) -> np.ndarray:
 def _series(g: Nodes, values: str, columns: int, half_life: float, taps: int, first: int, last: int) -> str:
     "Averages over `taps` rows at the columns `first` to `last` of `values [B, columns]`."
     keep, at = 0.5 ** (1 / half_life), np.arange(columns)
-    sums = g("CumSum", g("Mul", values, g.const(keep**-at.astype(float))), g.const(1, np.int64))
+    sums = g("CumSum", g("Mul", values, g.const(keep ** -at.astype(float))), g.const(1, np.int64))
     sums = g("Pad", sums, g.const([0, 1, 0, 0], np.int64), g.const(0.0))  # column j + 1 holds the sum up to j
     upper, lower = g.cut(sums, first + 1, last + 2), g.cut(sums, first + 1 - taps, last + 2 - taps)
     scale = keep ** at[first : last + 1] * (1 - keep) / (1 - keep**taps)
@@ -110,15 +110,26 @@ def _input_nodes(g: Nodes, r: str, tamed: str, log_range: str, season: str) -> t
     "Names of the ten measured inputs `[B, 10]`, clipped as in `_har_inputs`, and of the scale `[B, 1]`."
     rows = WINDOW - TAMED
     columns = np.stack([_column(h, min(6 * h, rows), rows) for h in (2, 6, 72, 240)], axis=1)
-    deviation = [g("Sqrt", g("Add", g("MatMul", tamed, g.const(c)), g.const(1e-10))) for c in (columns, _column(24, 144, rows)[:, None])]
+    deviation = [
+        g("Sqrt", g("Add", g("MatMul", tamed, g.const(c)), g.const(1e-10)))
+        for c in (columns, _column(24, 144, rows)[:, None])
+    ]
     scale = deviation[1]
     ratios = g("Log", g("Div", deviation[0], scale))
-    moves = [g("Abs", g.cut(r, WINDOW - 2, WINDOW - 1)), g("Mul", g.cut(log_range, WINDOW - 1, WINDOW), g.const(1 / np.sqrt(4 * np.log(2))))]
+    moves = [
+        g("Abs", g.cut(r, WINDOW - 2, WINDOW - 1)),
+        g("Mul", g.cut(log_range, WINDOW - 1, WINDOW), g.const(1 / np.sqrt(4 * np.log(2)))),
+    ]
     sizes = [g("Log", g("Add", g("Div", move, scale), g.const(0.05))) for move in moves]
     slow, quick = _column(168, rows, WINDOW)[:, None], _column(6, 36, WINDOW)[:, None]
     newest = np.eye(WINDOW)[:, [WINDOW - 1]]
-    volume, trades = (g("Log", g("Add", g("Gather", "candles", g.const(i, np.int64), axis=2), g.const(1.0))) for i in (4, 6))
-    busy = [g("MatMul", volume, g.const(np.hstack([newest - slow, quick - slow]))), g("MatMul", trades, g.const(newest - slow))]
+    volume, trades = (
+        g("Log", g("Add", g("Gather", "candles", g.const(i, np.int64), axis=2), g.const(1.0))) for i in (4, 6)
+    )
+    busy = [
+        g("MatMul", volume, g.const(np.hstack([newest - slow, quick - slow]))),
+        g("MatMul", trades, g.const(newest - slow)),
+    ]
     return g("Clip", g("Concat", ratios, *sizes, *busy, season, axis=1), g.const(-8.0), g.const(8.0)), scale
 
 
@@ -135,18 +146,27 @@ def fallback_graph(har: HarT, frame: pd.DataFrame) -> bytes:
     weights, shape = har.parameters(frame)
     g = Nodes()
     r, adjacent, variance, log_range = _variance_nodes(g, har.interval)
-    before = _series(g, variance, WINDOW - 1, 240, TAMED - 1, TAMED - 2, WINDOW - 3)  # at the rows before rows 120 to 839
+    before = _series(
+        g, variance, WINDOW - 1, 240, TAMED - 1, TAMED - 2, WINDOW - 3
+    )  # at the rows before rows 120 to 839
     limit = g("Add", g("Mul", before, g.const(100.0)), g.const(1e-10))
     tamed = g("Min", g.cut(variance, TAMED - 1, WINDOW - 1), limit)
     hours, hour, weekday = _clock_nodes(g, har.interval)
     x, scale = _input_nodes(g, r, tamed, log_range, _hour_nodes(g, r, adjacent, tamed, hours))
-    tables = [g("Gather", g.const(table), index) for table, index in zip(_tables(weights), (hour, weekday), strict=True)]
+    tables = [
+        g("Gather", g.const(table), index) for table, index in zip(_tables(weights), (hour, weekday), strict=True)
+    ]
     one = g.const([1], np.int64)
     calendar = g("Unsqueeze", g("Add", *tables), one)
     sigma = g("Mul", scale, g("Exp", g("Add", g("MatMul", x, g.const(weights[:10, None])), calendar)))
     fan = g("Mul", g("Unsqueeze", "width", one), g.const(shape - shape[MEDIAN]))
     move = g("Mul", sigma, g("Add", fan, g.const(shape[MEDIAN])))
-    close = g("Gather", g.cut(g("Gather", "candles", g.const(3, np.int64), axis=2), WINDOW - 1, WINDOW), g.const([0], np.int64), axis=1)
+    close = g(
+        "Gather",
+        g.cut(g("Gather", "candles", g.const(3, np.int64), axis=2), WINDOW - 1, WINDOW),
+        g.const([0], np.int64),
+        axis=1,
+    )
     g("Mul", close, g("Exp", move), output="quantiles")
     g("Squeeze", scale, one, output="scale")
     data = _as_model(g, har.interval).SerializeToString(deterministic=True)
@@ -156,7 +176,11 @@ def fallback_graph(har: HarT, frame: pd.DataFrame) -> bytes:
 
 def _as_model(g: Nodes, interval: Interval) -> onnx.ModelProto:
     double, info = TensorProto.DOUBLE, helper.make_tensor_value_info
-    inputs = [info("candles", double, ["batch", WINDOW, 9]), info("open_time", TensorProto.INT64, ["batch", WINDOW]), info("width", double, ["batch"])]
+    inputs = [
+        info("candles", double, ["batch", WINDOW, 9]),
+        info("open_time", TensorProto.INT64, ["batch", WINDOW]),
+        info("width", double, ["batch"]),
+    ]
     outputs = [info("quantiles", double, ["batch", len(LEVELS)]), info("scale", double, ["batch"])]
     graph = helper.make_graph(g.nodes, "HAR-t", inputs, outputs, g.tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

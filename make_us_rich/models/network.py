@@ -30,7 +30,13 @@ class LSTMRegressor(nn.Module):
     "LSTM and a linear layer at every step: features `[B, T, n_features]` -> `[B, T, n_outputs]`."
 
     def __init__(
-        self, n_features: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0, n_outputs: int = 1, skip: bool = False
+        self,
+        n_features: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        n_outputs: int = 1,
+        skip: bool = False,
     ):
         super().__init__()
         between = dropout if num_layers > 1 else 0.0
@@ -81,7 +87,9 @@ class QuantileHead(nn.Module):
         location, opening, tails = raw[..., :1], raw[..., 1:2], raw[..., 2:].clamp(-2, 2)
         shape = self.shape()
         bend = 0.5 * shape.abs() / (1 + shape.abs())
-        sides = torch.stack([bend * (shape < 0), bend * (shape > 0)])  # [2, 21]: the lower tail bends the left side only
+        sides = torch.stack(
+            [bend * (shape < 0), bend * (shape > 0)]
+        )  # [2, 21]: the lower tail bends the left side only
         fan = shape * torch.exp(tails @ sides)  # [..., 21]
         return torch.exp(opening.clamp(-3, 3)) * (fan + (0.1 * self.offset + self.location_step * location))
 
@@ -102,7 +110,9 @@ class CandleForecaster(nn.Module):
 
     shrink: Tensor
 
-    def __init__(self, features: CandleFeatures, members: Sequence[nn.Module], steps: int = 120, levels: Sequence[float] = LEVELS):
+    def __init__(
+        self, features: CandleFeatures, members: Sequence[nn.Module], steps: int = 120, levels: Sequence[float] = LEVELS
+    ):
         super().__init__()
         self.features = features
         self.members = nn.ModuleList(members)
@@ -139,7 +149,9 @@ class OriginalForecaster(nn.Module):
     size: Tensor
     misses: Tensor
 
-    def __init__(self, network: nn.Module, minimum: Tensor, maximum: Tensor, steps: int = 120, levels: Sequence[float] = LEVELS):
+    def __init__(
+        self, network: nn.Module, minimum: Tensor, maximum: Tensor, steps: int = 120, levels: Sequence[float] = LEVELS
+    ):
         super().__init__()
         self.features, self.network = OriginalFeatures(), network
         self.levels, self.steps, self.window = tuple(levels), steps, steps

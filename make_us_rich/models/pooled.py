@@ -28,12 +28,26 @@ from .recipe import Recipe, load_recipe
 from .features import CandleFeatures, Split, split
 from .network import CandleForecaster
 from make_us_rich.models.batches import (
-    Batch, CandleDataModule, ChunkBatches, TrainingData, chunk_starts, dense_rows, prepare,
+    Batch,
+    CandleDataModule,
+    ChunkBatches,
+    TrainingData,
+    chunk_starts,
+    dense_rows,
+    prepare,
 )
 from .tracking import close_loggers, make_loggers
 from make_us_rich.models.training import (
-    TrainResult, batch_loss, build_network, fit_member, follow, held_out_shrink, make_optimizer, quiet,
-    training_bar, training_loop,
+    TrainResult,
+    batch_loss,
+    build_network,
+    fit_member,
+    follow,
+    held_out_shrink,
+    make_optimizer,
+    quiet,
+    training_bar,
+    training_loop,
 )
 
 # %% ../../nbs/03_models/09_pooled.ipynb #a600e242
@@ -47,15 +61,24 @@ def pool_cutoff(frames: Mapping[str, pd.DataFrame], recipe: Recipe) -> pd.Timest
     need = CandleFeatures.span + recipe.chunk + 720
     long = [frame for frame in frames.values() if len(frame) >= need]
     if not long:
-        raise CandleError(f"none of {len(frames)} pairs has the {need} candles that a pooled training needs; fetch longer histories", reason="short_history")
+        raise CandleError(
+            f"none of {len(frames)} pairs has the {need} candles that a pooled training needs; fetch longer histories",
+            reason="short_history",
+        )
     newest = max(frame["timestamp"].iloc[-1] for frame in long)
-    return min(first_test_candle(frame, recipe) for frame in long if newest - frame["timestamp"].iloc[-1] < pd.Timedelta(days=30))
+    return min(
+        first_test_candle(frame, recipe)
+        for frame in long
+        if newest - frame["timestamp"].iloc[-1] < pd.Timedelta(days=30)
+    )
 
 # %% ../../nbs/03_models/09_pooled.ipynb #eb4b595d
 def pair_data(frame: pd.DataFrame, cutoff: pd.Timestamp, recipe: Recipe, interval: Interval) -> TrainingData:
     "Rows of one pair: all before the cut-off are for training, none for validation yet."
     stop = int(frame["timestamp"].searchsorted(cutoff))
-    return dense_rows(frame, Split(slice(0, stop), slice(stop, stop), slice(stop, len(frame)), recipe.steps), interval.ms)
+    return dense_rows(
+        frame, Split(slice(0, stop), slice(stop, stop), slice(stop, len(frame)), recipe.steps), interval.ms
+    )
 
 # %% ../../nbs/03_models/09_pooled.ipynb #b358f5d0
 Block = tuple[pd.Timestamp, pd.Timestamp]
@@ -101,7 +124,9 @@ class PooledDataModule(CandleDataModule):
         rows = tuple(torch.cat(columns) for columns in zip(*(loader.rows for loader in loaders), strict=True))
         begins = np.cumsum([0, *(len(loader.rows[0]) for loader in loaders[:-1])])
         starts = torch.cat([loader.starts + int(begin) for loader, begin in zip(loaders, begins, strict=True)])
-        return ChunkBatches(rows, starts, recipe.chunk, recipe.batch_size, recipe.steps_per_epoch, recipe.seed + self.member)
+        return ChunkBatches(
+            rows, starts, recipe.chunk, recipe.batch_size, recipe.steps_per_epoch, recipe.seed + self.member
+        )
 
     def val_dataloader(self) -> Chain:  # type: ignore[override]
         return Chain([part.val_dataloader() for part in self.parts])
@@ -132,7 +157,9 @@ class PretrainResult:
     cpu_seconds: float
 
 # %% ../../nbs/03_models/09_pooled.ipynb #e21fe5d6
-def usable(frames: Mapping[str, pd.DataFrame], cutoff: pd.Timestamp, recipe: Recipe, interval: Interval) -> dict[str, TrainingData]:
+def usable(
+    frames: Mapping[str, pd.DataFrame], cutoff: pd.Timestamp, recipe: Recipe, interval: Interval
+) -> dict[str, TrainingData]:
     "The pairs that can be learned from, with all their rows; val is empty still."
     found = {}
     for name, frame in frames.items():
@@ -145,11 +172,23 @@ def usable(frames: Mapping[str, pd.DataFrame], cutoff: pd.Timestamp, recipe: Rec
 
 # %% ../../nbs/03_models/09_pooled.ipynb #b6f50fc0
 def pretrain(
-    frames: Mapping[str, pd.DataFrame], recipe: Recipe, *, interval: str | Interval = "1h", cutoff: pd.Timestamp | None = None,
-    logger_dir: Path | None = None, progress: bool = True, run_name: str | None = None, track: bool = True,
+    frames: Mapping[str, pd.DataFrame],
+    recipe: Recipe,
+    *,
+    interval: str | Interval = "1h",
+    cutoff: pd.Timestamp | None = None,
+    logger_dir: Path | None = None,
+    progress: bool = True,
+    run_name: str | None = None,
+    track: bool = True,
 ) -> PretrainResult:
     "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out. `track`: also in Weights & Biases."
-    clock, cpu, threads, step = time.perf_counter(), time.process_time(), torch.get_num_threads(), Interval.parse(interval)
+    clock, cpu, threads, step = (
+        time.perf_counter(),
+        time.process_time(),
+        torch.get_num_threads(),
+        Interval.parse(interval),
+    )
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
     rows: list[dict[str, float]] = []
     loggers = make_loggers(logger_dir, run_name or recipe.name, track)
@@ -158,7 +197,10 @@ def pretrain(
         with quiet(), training_bar(recipe, progress) as tell:
             pool = usable(frames, cutoff, recipe, step)
             if not pool:
-                raise CandleError(f"no pair has {recipe.chunk} candles in a row before {cutoff}; fetch longer histories", reason="short_history")
+                raise CandleError(
+                    f"no pair has {recipe.chunk} candles in a row before {cutoff}; fetch longer histories",
+                    reason="short_history",
+                )
             blocks = member_blocks(min(frames[name]["timestamp"].iloc[0] for name in pool), cutoff, recipe)
             parts = [[hold_out(data, frames[name], block) for name, data in pool.items()] for block in blocks]
             modules = [PooledDataModule(part, recipe, member) for member, part in enumerate(parts)]
@@ -170,7 +212,13 @@ def pretrain(
         close_loggers(loggers)
         torch.set_num_threads(threads)
     pooled = Pooled(forecaster, recipe, step, cutoff, {name: data.split.test.start for name, data in pool.items()})
-    return PretrainResult(pooled, pd.DataFrame(rows), [fact for _, fact in members], time.perf_counter() - clock, time.process_time() - cpu)
+    return PretrainResult(
+        pooled,
+        pd.DataFrame(rows),
+        [fact for _, fact in members],
+        time.perf_counter() - clock,
+        time.process_time() - cpu,
+    )
 
 # %% ../../nbs/03_models/09_pooled.ipynb #e5f56bd3
 def pack_weights(forecaster: CandleForecaster) -> str:
@@ -189,7 +237,9 @@ def unpack_weights(text: str, recipe: Recipe, interval: str | Interval = "1h") -
             forecaster.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
     except Exception as error:
         why = str(error).strip().splitlines()[0][:120]
-        raise TrainingError(f"these weights do not fit recipe {recipe.name!r} ({why}); train the pooled network again") from None
+        raise TrainingError(
+            f"these weights do not fit recipe {recipe.name!r} ({why}); train the pooled network again"
+        ) from None
     return forecaster.eval().requires_grad_(False)
 
 # %% ../../nbs/03_models/09_pooled.ipynb #fef9b6ea
@@ -203,7 +253,10 @@ def _tune(network: nn.Module, module: CandleDataModule) -> tuple[nn.Module, floa
     for step, batch in enumerate(module.train_dataloader(), 1):
         loss, _ = batch_loss(recipe, network, batch)
         if not torch.isfinite(loss):
-            raise TrainingError(f"loss not finite at step {step}; lower the learning rate ({recipe.learning_rate:g})", reason="loss_not_finite")
+            raise TrainingError(
+                f"loss not finite at step {step}; lower the learning rate ({recipe.learning_rate:g})",
+                reason="loss_not_finite",
+            )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip or float("inf"))
@@ -217,17 +270,34 @@ def _tune(network: nn.Module, module: CandleDataModule) -> tuple[nn.Module, floa
 def _loss(recipe: Recipe, network: nn.Module, batches: Iterable[Batch]) -> float:
     "Mean loss over all targets of the batches."
     with torch.no_grad():
-        parts = [(loss.item() * count, count) for loss, count in (batch_loss(recipe, network, batch) for batch in batches)]
+        parts = [
+            (loss.item() * count, count) for loss, count in (batch_loss(recipe, network, batch) for batch in batches)
+        ]
     return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
 
 # %% ../../nbs/03_models/09_pooled.ipynb #15a1c75d
 def finetune(
-    frame: pd.DataFrame, pooled: Pooled | None, recipe: Recipe, *, interval: str | Interval = "1h", logger_dir: Path | None = None,
-    progress: bool = True, run_name: str | None = None, track: bool = True,
+    frame: pd.DataFrame,
+    pooled: Pooled | None,
+    recipe: Recipe,
+    *,
+    interval: str | Interval = "1h",
+    logger_dir: Path | None = None,
+    progress: bool = True,
+    run_name: str | None = None,
+    track: bool = True,
 ) -> TrainResult:
     "A pooled network after a few steps on one pair's history; without one, the default recipe from scratch."
     if pooled is None:
-        return training_loop(frame, load_recipe("default"), interval=interval, logger_dir=logger_dir, progress=progress, run_name=run_name, track=track)
+        return training_loop(
+            frame,
+            load_recipe("default"),
+            interval=interval,
+            logger_dir=logger_dir,
+            progress=progress,
+            run_name=run_name,
+            track=track,
+        )
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -242,24 +312,41 @@ def finetune(
         history, best = _account(pooled, modules, tuned)
     finally:
         torch.set_num_threads(threads)
-    return TrainResult(forecaster, data.split, history, time.perf_counter() - clock, time.process_time() - cpu, best, recipe)
+    return TrainResult(
+        forecaster, data.split, history, time.perf_counter() - clock, time.process_time() - cpu, best, recipe
+    )
 
 
 def _refuse_late(pooled: Pooled, start: pd.Timestamp, interval: Interval) -> None:
     if pooled.interval != interval:
-        raise TrainingError(f"the pooled network is for {pooled.interval} candles, not {interval}; pretrain one for {interval}", reason="pooled_interval")
+        raise TrainingError(
+            f"the pooled network is for {pooled.interval} candles, not {interval}; pretrain one for {interval}",
+            reason="pooled_interval",
+        )
     if pooled.cutoff > start:
         seen = f"the pooled network learned from candles up to {pooled.cutoff:%Y-%m-%d %H:%M}, the test span begins {start:%Y-%m-%d %H:%M}"
         raise TrainingError(f"{seen}; take an earlier pooled network or train from scratch", reason="pooled_too_new")
 
 
-def _account(pooled: Pooled, modules: Sequence[CandleDataModule], tuned: Sequence[tuple[nn.Module, float]]) -> tuple[pd.DataFrame, list[dict[str, float]]]:
+def _account(
+    pooled: Pooled, modules: Sequence[CandleDataModule], tuned: Sequence[tuple[nn.Module, float]]
+) -> tuple[pd.DataFrame, list[dict[str, float]]]:
     "Learning curve (before and after) and facts of each member."
     rows, best = [], []
     for old, (new, train_loss), module in zip(pooled.forecaster.members, tuned, modules, strict=True):
         recipe, member = module.recipe, module.member
         steps = recipe.epochs * recipe.steps_per_epoch
         first, last = (_loss(recipe, network, module.val_dataloader()) for network in (old, new))
-        rows += [{"step": step, "member": member, "train_loss": train_loss, "valid_loss": loss} for step, loss in ((0, first), (steps, last))]
-        best.append({"member": member, "step": steps, "valid_loss": last, "test_loss": _loss(recipe, new, module.test_dataloader())})
+        rows += [
+            {"step": step, "member": member, "train_loss": train_loss, "valid_loss": loss}
+            for step, loss in ((0, first), (steps, last))
+        ]
+        best.append(
+            {
+                "member": member,
+                "step": steps,
+                "valid_loss": last,
+                "test_loss": _loss(recipe, new, module.test_dataloader()),
+            }
+        )
     return pd.DataFrame(rows), best

@@ -56,7 +56,9 @@ class Recipe(BaseModel):
 def _names() -> str:
     "The recipes that come with the package."
     folder = resources.files("make_us_rich.models") / "recipes"
-    return ", ".join(sorted(repr(item.name.removesuffix(".yaml")) for item in folder.iterdir() if item.name.endswith(".yaml")))
+    return ", ".join(
+        sorted(repr(item.name.removesuffix(".yaml")) for item in folder.iterdir() if item.name.endswith(".yaml"))
+    )
 
 
 def load_recipe(name_or_path: str | Path = "default", **overrides: Any) -> Recipe:
@@ -64,10 +66,15 @@ def load_recipe(name_or_path: str | Path = "default", **overrides: Any) -> Recip
     builtin = resources.files("make_us_rich.models") / "recipes" / f"{name_or_path}.yaml"
     source = builtin if builtin.is_file() else Path(name_or_path)
     if not source.is_file():
-        raise SettingsError(f"there is no recipe {str(name_or_path)!r}; use {_names()} or the path of a YAML file", reason="recipe")
+        raise SettingsError(
+            f"there is no recipe {str(name_or_path)!r}; use {_names()} or the path of a YAML file", reason="recipe"
+        )
     numbers = yaml.safe_load(source.read_text(encoding="utf-8"))
     if not isinstance(numbers, dict):
-        raise SettingsError(f"recipe {str(name_or_path)!r} is not a list of 'name: number' lines; copy default.yaml and edit it", reason="recipe")
+        raise SettingsError(
+            f"recipe {str(name_or_path)!r} is not a list of 'name: number' lines; copy default.yaml and edit it",
+            reason="recipe",
+        )
     for key in [*numbers, *overrides]:
         if key not in Recipe.model_fields:
             near = difflib.get_close_matches(str(key), Recipe.model_fields, 1, 0.0)[0]
@@ -77,7 +84,12 @@ def load_recipe(name_or_path: str | Path = "default", **overrides: Any) -> Recip
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"recipe value {where} = {first['input']!r} does not fit: {first['msg'].lower()}; correct it", reason="recipe") from None
+        raise SettingsError(
+            f"recipe value {where} = {first['input']!r} does not fit: {first['msg'].lower()}; correct it",
+            reason="recipe",
+        ) from None
     if recipe.kind == "quantile" and not (recipe.steps_per_epoch and recipe.burn_in < recipe.chunk):
-        raise SettingsError("a quantile recipe needs steps_per_epoch >= 1 and burn_in < chunk; correct it", reason="recipe")
+        raise SettingsError(
+            "a quantile recipe needs steps_per_epoch >= 1 and burn_in < chunk; correct it", reason="recipe"
+        )
     return recipe

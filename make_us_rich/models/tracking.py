@@ -36,7 +36,9 @@ def start_wandb(mode: str, folder: Path, name: str, config: dict[str, Any] | Non
 
     settings = wandb.Settings(mode=mode, init_timeout=5, finish_timeout=10, silent=True, console="off")
     # begun here, not by Lightning: that would pass options which wandb calls deprecated, in the middle of a report
-    return wandb.init(project=get_settings().wandb_project, name=name, dir=str(folder), config=config, settings=settings)
+    return wandb.init(
+        project=get_settings().wandb_project, name=name, dir=str(folder), config=config, settings=settings
+    )
 
 
 def make_loggers(folder: Path | None, name: str = "train", track: bool = True) -> list[Logger]:
@@ -47,7 +49,10 @@ def make_loggers(folder: Path | None, name: str = "train", track: bool = True) -
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     for mode in wandb_modes() if track else []:
         try:
-            return [*loggers, WandbLogger(experiment=start_wandb(mode, folder, name), save_dir=str(folder), log_model=False)]
+            return [
+                *loggers,
+                WandbLogger(experiment=start_wandb(mode, folder, name), save_dir=str(folder), log_model=False),
+            ]
         except Exception as error:  # a tracker must never cost a training
             log.warning("wandb %s not used: %s", mode, type(error).__name__)
     return loggers
@@ -71,7 +76,12 @@ def end_wandb() -> None:
 
 # %% ../../nbs/03_models/07_tracking.ipynb #83756b82
 def track_run(
-    folder: Path, name: str, config: dict[str, Any], history: pd.DataFrame, summary: dict[str, Any], files: dict[str, bytes]
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    history: pd.DataFrame,
+    summary: dict[str, Any],
+    files: dict[str, bytes],
 ) -> str:
     "Record a finished run in Weights & Biases, `files` as an artefact of type model; the mode that worked, empty if none did."
     for mode in wandb_modes():
@@ -80,7 +90,14 @@ def track_run(
             run = start_wandb(mode, folder, name, config)
             for step, rows in history.groupby("step"):
                 kinds = ("train_loss", "valid_loss")
-                run.log({f"{kind}/member_{m}": v for kind in kinds for m, v in zip(rows["member"], rows[kind], strict=True)}, step=int(step))
+                run.log(
+                    {
+                        f"{kind}/member_{m}": v
+                        for kind in kinds
+                        for m, v in zip(rows["member"], rows[kind], strict=True)
+                    },
+                    step=int(step),
+                )
             run.summary.update(summary)
             if files:
                 run.log_artifact(_artefact(name, files, folder / "wandb"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_network', 'batch_loss', 'make_optimizer', 'follow', 'PricePredictor', 'Curve', 'fit_member', 'quiet',
-           'training_bar', 'held_out_shrink', 'TrainResult', 'training_loop', 'plot_history', 'Recipe', 'load_recipe']
+           'training_bar', 'held_out_shrink', 'TrainResult', 'training_loop', 'plot_history']
 
 # %% ../../nbs/03_models/08_training.ipynb #a5f3fa9d
 import contextlib
@@ -38,14 +38,17 @@ from .batches import Batch, CandleDataModule, prepare
 from .tracking import close_loggers, make_loggers
 
 # %% ../../nbs/03_models/08_training.ipynb #410b8b3c
-_all_ = ["Recipe", "load_recipe"]  # who trains needs a recipe: one import for both
+#| export
+
 
 # %% ../../nbs/03_models/08_training.ipynb #30e29913
 def build_network(recipe: Recipe, n_features: int) -> nn.Module:
     "The untrained network of a recipe: `[B, T, p] -> [B, T, 21]`, or `[B, T, 1]` for the report's."
     if recipe.kind == "original":
         return LSTMRegressor(n_features, recipe.hidden_size, recipe.num_layers, recipe.dropout)
-    lstm = LSTMRegressor(n_features, recipe.hidden_size, recipe.num_layers, recipe.dropout, QuantileHead.n_inputs, skip=True)
+    lstm = LSTMRegressor(
+        n_features, recipe.hidden_size, recipe.num_layers, recipe.dropout, QuantileHead.n_inputs, skip=True
+    )
     return nn.Sequential(lstm, QuantileHead())
 
 
@@ -63,9 +66,14 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Any:
     "The optimiser of a recipe, with its schedule, as Lightning wants it."
     if recipe.kind == "original":
         return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    matrices, vectors = [p for p in network.parameters() if p.ndim > 1], [p for p in network.parameters() if p.ndim <= 1]
+    matrices, vectors = (
+        [p for p in network.parameters() if p.ndim > 1],
+        [p for p in network.parameters() if p.ndim <= 1],
+    )
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # one pass over all weights instead of twelve
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, fused=True
+    )  # one pass over all weights instead of twelve
     steps = recipe.epochs * recipe.steps_per_epoch + 1
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
@@ -122,19 +130,28 @@ class Curve(Callback):
     def __init__(self, member: int, rows: list[dict[str, float]], tell: Callable[[dict[str, float]], None]):
         self.member, self.rows, self.tell, self.losses = member, rows, tell, list[float]()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.losses.append(float(outputs["loss"]))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        row = {"step": trainer.global_step, "member": self.member, "train_loss": float(np.mean(self.losses or [np.nan])),
-               "valid_loss": float(trainer.callback_metrics["valid/loss"])}
+        row = {
+            "step": trainer.global_step,
+            "member": self.member,
+            "train_loss": float(np.mean(self.losses or [np.nan])),
+            "valid_loss": float(trainer.callback_metrics["valid/loss"]),
+        }
         self.losses.clear()
         self.rows.append(row)
         self.tell(row)
 
 # %% ../../nbs/03_models/08_training.ipynb #faf74034
 def fit_member(
-    module: CandleDataModule, loggers: list[Logger], rows: list[dict[str, float]], tell: Callable[[dict[str, float]], None]
+    module: CandleDataModule,
+    loggers: list[Logger],
+    rows: list[dict[str, float]],
+    tell: Callable[[dict[str, float]], None],
 ) -> tuple[nn.Module, dict[str, float]]:
     "Train one member; its best network and what is known about it."
     recipe, member = module.recipe, module.member
@@ -144,15 +161,29 @@ def fit_member(
         best = ModelCheckpoint(dirpath=folder, monitor="valid/loss", mode="min", save_top_k=1)
         stop = EarlyStopping(monitor="valid/loss", mode="min", patience=recipe.patience, check_finite=False)
         trainer = pl.Trainer(
-            accelerator="gpu" if recipe.gpu else "cpu", devices=1, max_epochs=recipe.epochs, deterministic=True,
-            gradient_clip_val=recipe.clip or None, callbacks=[Curve(member, rows, tell), best, stop], logger=loggers or False,
-            log_every_n_steps=2, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            accelerator="gpu" if recipe.gpu else "cpu",
+            devices=1,
+            max_epochs=recipe.epochs,
+            deterministic=True,
+            gradient_clip_val=recipe.clip or None,
+            callbacks=[Curve(member, rows, tell), best, stop],
+            logger=loggers or False,
+            log_every_n_steps=2,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
         )
         trainer.fit(predictor, datamodule=module)
         saved = torch.load(best.best_model_path, weights_only=False)
         predictor.load_state_dict(saved["state_dict"])
         (test,) = trainer.test(predictor, datamodule=module, verbose=False)
-    facts = {"member": member, "step": saved["global_step"], "valid_loss": float(best.best_model_score or math.nan), "test_loss": test["test/loss"]}
+    facts = {
+        "member": member,
+        "step": saved["global_step"],
+        "valid_loss": float(best.best_model_score or math.nan),
+        "test_loss": test["test/loss"],
+    }
     return predictor.served.cpu().eval().requires_grad_(False), facts
 
 # %% ../../nbs/03_models/08_training.ipynb #b7883fc5
@@ -227,8 +258,14 @@ class TrainResult:
 
 # %% ../../nbs/03_models/08_training.ipynb #cffc7006
 def training_loop(
-    frame: pd.DataFrame, recipe: Recipe, *, interval: str | Interval = "1h", logger_dir: Path | None = None,
-    progress: bool = True, run_name: str | None = None, track: bool = True,
+    frame: pd.DataFrame,
+    recipe: Recipe,
+    *,
+    interval: str | Interval = "1h",
+    logger_dir: Path | None = None,
+    progress: bool = True,
+    run_name: str | None = None,
+    track: bool = True,
 ) -> TrainResult:
     "Train every member of a recipe on a checked history; the best checkpoints, joined in one graph. `track`: also in Weights & Biases."
     clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()

@@ -66,7 +66,10 @@ def forward(old: Pointer | None, folder: str, step: Step) -> Pointer | None:
         return None
     if step.version[:16] < old.version[:16]:
         rule = f"version {step.version} has an older cut-off than the champion {old.version}"
-        raise StoreError(f"{rule} of {pair} {interval} and does not replace it; to go back on purpose run: mkrich rollback {pair}", "older_cutoff")
+        raise StoreError(
+            f"{rule} of {pair} {interval} and does not replace it; to go back on purpose run: mkrich rollback {pair}",
+            "older_cutoff",
+        )
     history = [s for s in old.steps if s.version != step.version][:HISTORY]
     return Pointer(pair=pair, interval=interval, seq=old.seq + 1, history=history, **step.model_dump())
 
@@ -88,7 +91,9 @@ def step_to(objects: Objects, folder: str, version: str, reason: str, now: pd.Ti
     pair, interval = folder.split("/")
     bundle = load_bundle(objects, pair, interval, version)
     if not bundle.manifest.passed:
-        raise GateRefused(f"version {version} of {pair} did not pass the gate, so it cannot be champion; choose one that did")
+        raise GateRefused(
+            f"version {version} of {pair} did not pass the gate, so it cannot be champion; choose one that did"
+        )
     return Step(version=version, manifest_sha256=bundle.manifest_sha256, promoted_at=now, reason=reason)
 
 
@@ -102,4 +107,7 @@ def step_before(objects: Objects, old: Pointer | None, folder: str, reason: str,
                 raise
             log.warning("%s", e)
     pair, interval = folder.split("/")
-    raise StoreError(f"{pair} {interval} has no earlier champion to go back to; `mkrich models {pair}` lists all versions", "no_earlier")
+    raise StoreError(
+        f"{pair} {interval} has no earlier champion to go back to; `mkrich models {pair}` lists all versions",
+        "no_earlier",
+    )

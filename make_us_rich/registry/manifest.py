@@ -52,11 +52,19 @@ class Golden(Record):
     scale: float
 
     @classmethod
-    def of(cls, candles: np.ndarray, open_time: np.ndarray, quantiles: np.ndarray, scale: float, width: float = 1.0) -> "Golden":
+    def of(
+        cls, candles: np.ndarray, open_time: np.ndarray, quantiles: np.ndarray, scale: float, width: float = 1.0
+    ) -> "Golden":
         "From one window: candles [window, 9], open times [window] in ms, quantiles [21]."
         times = np.diff(open_time.astype("<i8"), prepend=0)
         answer = [float(x) for x in quantiles]
-        return cls(candles=pack(candles.astype("<f8")), open_time=pack(times), width=width, quantiles=answer, scale=float(scale))
+        return cls(
+            candles=pack(candles.astype("<f8")),
+            open_time=pack(times),
+            width=width,
+            quantiles=answer,
+            scale=float(scale),
+        )
 
     def inputs(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "The graph's three inputs, batch 1."
@@ -126,7 +134,9 @@ def sha256(data: bytes) -> str:
 def seal_manifest(draft: Manifest, model: bytes) -> bytes:
     "The bytes of a finished manifest for this model."
     if not 0 < len(model) <= MODEL_LIMIT:
-        raise StoreError(f"a model has between 1 and {MODEL_LIMIT:,} bytes, this one {len(model):,}; train a smaller one")
+        raise StoreError(
+            f"a model has between 1 and {MODEL_LIMIT:,} bytes, this one {len(model):,}; train a smaller one"
+        )
     files = {"model.onnx": FileInfo(sha256=sha256(model), size=len(model))}
     facts = json.loads(draft.model_copy(update={"files": files}).model_dump_json(exclude={"seal"}))
     text = json.dumps(facts | {"seal": ""}, indent=1, sort_keys=True, allow_nan=False)

@@ -44,7 +44,12 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, pair: str | Pair, interval: str | Interval = "1h", hours: int = 720
+    store: ModelReader,
+    frame: pd.DataFrame,
+    rows: np.ndarray,
+    pair: str | Pair,
+    interval: str | Interval = "1h",
+    hours: int = 720,
 ) -> np.ndarray | None:
     "Q [n, 21] of the champion that serves the pair at `rows`, or None if there is no sound one that has not learned from the last `hours` of them."
     try:
@@ -54,7 +59,11 @@ def champion_returns(
     except StoreError as e:
         log.warning("the candidate is judged without the champion: %s", e)
         return None
-    fair = len(rows) > 0 and rows[0] >= model.window - 1 and frame["timestamp"].iloc[rows[-hours:][0]] >= unseen_from(model.manifest, frame)
+    fair = (
+        len(rows) > 0
+        and rows[0] >= model.window - 1
+        and frame["timestamp"].iloc[rows[-hours:][0]] >= unseen_from(model.manifest, frame)
+    )
     return onnx_returns(model, frame, rows) if fair else None
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #53944be2
@@ -80,19 +89,28 @@ class Judgement:
         hours = f"on {int(self.scores.table['n'].iloc[0])} hours from {self.first:%Y-%m-%d %H:%M} to {self.last:%Y-%m-%d %H:%M} UTC"
         if self.verdict.passed:
             return f"Version {self.version} of {self.pair} passes the gate again, {hours}."
-        return f"Version {self.version} of {self.pair} does not pass the gate, {hours}: {' '.join(self.verdict.reasons)}"
+        return (
+            f"Version {self.version} of {self.pair} does not pass the gate, {hours}: {' '.join(self.verdict.reasons)}"
+        )
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #8e163a83
 def regate(
-    store: ModelReader, candles: CandleStore, pair: str | Pair, interval: str | Interval = "1h", version: str | None = None,
-    now: pd.Timestamp | None = None, hours: int = 720,
+    store: ModelReader,
+    candles: CandleStore,
+    pair: str | Pair,
+    interval: str | Interval = "1h",
+    version: str | None = None,
+    now: pd.Timestamp | None = None,
+    hours: int = 720,
 ) -> Judgement:
     "Ask the gate about a stored version (default: the champion) on the newest scorable hours that it, and the champion, have not learned from."
     name, step = Pair.parse(pair), Interval.parse(interval)
     pointer = store.champion(name, step)
     if pointer is None and version is None:
         pooled = " (the pooled one serves it)" if serving_champion(store, name, step) else ""
-        raise ForecastUnavailable(f"no model of {name} {step} is published yet{pooled}; train one with `mkrich train {name}`", "no_model")
+        raise ForecastUnavailable(
+            f"no model of {name} {step} is published yet{pooled}; train one with `mkrich train {name}`", "no_model"
+        )
     model = OnnxModel(store.load(name, step, version))
     other = OnnxModel(store.load(name, step)) if pointer and pointer.version != model.manifest.version else None
     frame = candles.read(name, step)
@@ -103,14 +121,24 @@ def regate(
         rule = f"version {model.manifest.version} of {name} has learned from all candles up to {utc_iso(start)}, and no later hour can be scored yet"
         raise CandleError(f"{rule}; fetch newer ones with `mkrich candles {name}`", "short_history")
     Q, incumbent = onnx_returns(model, frame, rows), onnx_returns(other, frame, rows) if other else None
-    verdict = gate(frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), hours=hours, incumbent=incumbent, now=now)
+    verdict = gate(
+        frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), hours=hours, incumbent=incumbent, now=now
+    )
     return Judgement(
-        str(name), str(step), model.manifest.version, other.manifest.version if other else "", frame["timestamp"].iloc[rows[-hours:][0]],
-        frame["timestamp"].iloc[rows[-1]] + 2 * step.delta, verdict, _scores(frame, rows, Q, incumbent, step, hours),
+        str(name),
+        str(step),
+        model.manifest.version,
+        other.manifest.version if other else "",
+        frame["timestamp"].iloc[rows[-hours:][0]],
+        frame["timestamp"].iloc[rows[-1]] + 2 * step.delta,
+        verdict,
+        _scores(frame, rows, Q, incumbent, step, hours),
     )
 
 
-def _scores(frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, incumbent: np.ndarray | None, step: Interval, hours: int) -> Scores:
+def _scores(
+    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, incumbent: np.ndarray | None, step: Interval, hours: int
+) -> Scores:
     "The version as served, the champion as served, and HAR-t where its history is long enough, on the judged hours."
     served = {"this version": Q} | ({"champion": incumbent} if incumbent is not None else {})
     shown = {name: widen(q, online_width(frame, rows, q, step))[-hours:] for name, q in served.items()}

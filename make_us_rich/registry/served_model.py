@@ -26,7 +26,9 @@ from ..models.baselines import LEVELS
 from .versions import Bundle
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #a8c81d5f
-def graph_returns(predict: Callable[..., Any], window: int, frame: pd.DataFrame, rows: np.ndarray, batch: int = 64) -> np.ndarray:
+def graph_returns(
+    predict: Callable[..., Any], window: int, frame: pd.DataFrame, rows: np.ndarray, batch: int = 64
+) -> np.ndarray:
     "Q [n, 21] log returns, unwidened, of a graph over the windows that end at `rows`."
     values, times = frame[VALUE_COLUMNS].to_numpy(float), frame["timestamp"].astype("int64").to_numpy()
     rows, parts = np.asarray(rows, dtype=int), [np.empty((0, len(LEVELS)))]
@@ -51,7 +53,9 @@ def open_session(model: bytes) -> onnxruntime.InferenceSession:
         raise StoreError(f"the model does not load ({str(e).splitlines()[0][:120]}); {ROLL_BACK}") from None
     names = [i.name for i in session.get_inputs()] + [o.name for o in session.get_outputs()]
     if names != ["candles", "open_time", "width", "quantiles", "scale"]:
-        raise StoreError(f"a model has candles, open_time, width -> quantiles, scale, this one has {', '.join(names)}; {ROLL_BACK}")
+        raise StoreError(
+            f"a model has candles, open_time, width -> quantiles, scale, this one has {', '.join(names)}; {ROLL_BACK}"
+        )
     return session
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #c34e2e53
@@ -78,20 +82,31 @@ class OnnxModel:
             candles, open_time, width = golden.inputs(self.window)
             quantiles, _ = self.predict(candles, open_time, float(width[0]))
         except Exception as e:
-            raise StoreError(f"{name} cannot compute its own golden forecast ({str(e).splitlines()[0][:120]}); {ROLL_BACK}") from None
+            raise StoreError(
+                f"{name} cannot compute its own golden forecast ({str(e).splitlines()[0][:120]}); {ROLL_BACK}"
+            ) from None
         off = float(np.abs(quantiles[0] / np.array(golden.quantiles) - 1).max())
         if not off <= 1e-6:
-            raise StoreError(f"{name} computes other prices here than where it was made (off by {off:.1e}, 1e-6 is allowed); {ROLL_BACK}")
+            raise StoreError(
+                f"{name} computes other prices here than where it was made (off by {off:.1e}, 1e-6 is allowed); {ROLL_BACK}"
+            )
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #d4b2ccf9
 class RememberedModel(OnnxModel):
     "A model that remembers its answers of width 1 for windows seen in a batch, the newest `size` of them."
 
     def __init__(self, model: OnnxModel, size: int = 1000) -> None:
-        self.manifest, self.degraded, self.window, self.session = model.manifest, model.degraded, model.window, model.session
+        self.manifest, self.degraded, self.window, self.session = (
+            model.manifest,
+            model.degraded,
+            model.window,
+            model.session,
+        )
         self._size = size
         self._known: OrderedDict[tuple[int, int], tuple[np.ndarray, float]] = OrderedDict()
-        self._weights = np.random.default_rng(7).integers(0, 2**64, size=self.window * (len(VALUE_COLUMNS) + 1), dtype=np.uint64) | np.uint64(1)
+        self._weights = np.random.default_rng(7).integers(
+            0, 2**64, size=self.window * (len(VALUE_COLUMNS) + 1), dtype=np.uint64
+        ) | np.uint64(1)
 
     def predict(self, candles: np.ndarray, open_time: np.ndarray, width: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         "As `OnnxModel.predict`; a single window is always computed."
@@ -140,17 +155,27 @@ def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_S
     inputs = bundle.manifest.golden.inputs(bundle.manifest.window)
     names = ("candles", "open_time", "width")
     arrays: dict[str, Any] = {"model": np.frombuffer(bundle.model, np.uint8)}
-    arrays |= {name: np.repeat(x, 32, axis=0) for name, x in zip(names, inputs, strict=True)}  # the service forecasts in batches of 32
+    arrays |= {
+        name: np.repeat(x, 32, axis=0) for name, x in zip(names, inputs, strict=True)
+    }  # the service forecasts in batches of 32
     data = io.BytesIO()
     np.savez(data, **arrays)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", TRIAL, str(memory), str(seconds)]
     try:
-        done = subprocess.run(command, input=data.getvalue(), capture_output=True, timeout=4 * seconds, env=environment, check=False)
-        why = "" if done.returncode == 0 else (done.stderr.decode(errors="replace").strip().splitlines() or [f"signal {-done.returncode}"])[-1][:160]
+        done = subprocess.run(
+            command, input=data.getvalue(), capture_output=True, timeout=4 * seconds, env=environment, check=False
+        )
+        why = (
+            ""
+            if done.returncode == 0
+            else (done.stderr.decode(errors="replace").strip().splitlines() or [f"signal {-done.returncode}"])[-1][:160]
+        )
     except subprocess.TimeoutExpired:
         why = f"no answer within {4 * seconds} s"
     if why:
         limits = f"{memory >> 20} MB and {seconds} s"
         name = f"version {bundle.version} of {bundle.manifest.pair}"
-        raise StoreError(f"{name} failed its trial run with {limits}: {why}; serve an earlier version, or train again", "unfit_model")
+        raise StoreError(
+            f"{name} failed its trial run with {limits}: {why}; serve an earlier version, or train again", "unfit_model"
+        )

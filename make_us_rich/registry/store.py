@@ -19,7 +19,14 @@ from ..core.storage import TEXT_LIMIT, Objects, change, replace, try_conditions
 from ..market.series import POOLED, Interval, Pair
 from .manifest import Manifest, open_manifest
 from make_us_rich.registry.versions import (
-    UNUSABLE, VERSION, Bundle, VersionInfo, list_versions, load_bundle, place, publish_bundle,
+    UNUSABLE,
+    VERSION,
+    Bundle,
+    VersionInfo,
+    list_versions,
+    load_bundle,
+    place,
+    publish_bundle,
 )
 from .champion import Pointer, backward, forward, open_pointer, step_before, step_to
 
@@ -30,12 +37,20 @@ def clean_folder(objects: Objects, folder: str, keep: int, before: pd.Timestamp)
         pointer = open_pointer(objects.read(f"{folder}/champion.json", TEXT_LIMIT), folder)
         infos = list_versions(objects, folder)
         safe = {s.version for s in pointer.steps[:SAFE_STEPS]} if pointer else set()
-        safe |= {i.version for i in [i for i in infos if not i.problem][:keep]} | {i.version for i in infos if i.modified >= before}
+        safe |= {i.version for i in [i for i in infos if not i.problem][:keep]} | {
+            i.version for i in infos if i.modified >= before
+        }
         gone = {i.version for i in infos} - safe
         with objects._told("cleaned"):
-            keys = [x["path"] for version in sorted(gone) for x in obs.list(objects.store, f"{folder}/{version}").collect()]
+            keys = [
+                x["path"] for version in sorted(gone) for x in obs.list(objects.store, f"{folder}/{version}").collect()
+            ]
             keys.sort(key=lambda key: not key.endswith("/manifest.json"))
-            claims = [x for x in obs.list(objects.store, f"{folder}/runs").collect() if pd.Timestamp(x["last_modified"]) < before]
+            claims = [
+                x
+                for x in obs.list(objects.store, f"{folder}/runs").collect()
+                if pd.Timestamp(x["last_modified"]) < before
+            ]
             keys += [x["path"] for x in claims if claimed_version(objects, x["path"]) not in safe]
             for key in keys:
                 obs.delete(objects.store, key)
@@ -129,12 +144,17 @@ class ModelReader:
         "The pairs and intervals that have a version."
         with self.objects._told("listed"):
             keys = [x["path"].split("/") for x in obs.list(self.objects.store).collect()]
-        return sorted({(Pair.parse(k[0]), Interval.parse(k[1])) for k in keys if len(k) == 4 and re.fullmatch(VERSION, k[2])}, key=str)
+        return sorted(
+            {(Pair.parse(k[0]), Interval.parse(k[1])) for k in keys if len(k) == 4 and re.fullmatch(VERSION, k[2])},
+            key=str,
+        )
 
     def _promoted(self, pair: str | Pair, interval: str | Interval) -> Pointer:
         if (pointer := self.champion(pair, interval)) is None:
             name = f"{Pair.parse(pair)} {interval}"
-            raise StoreError(f"{name} has no published model in {self.objects.url}; run: mkrich train {Pair.parse(pair)}", "no_model")
+            raise StoreError(
+                f"{name} has no published model in {self.objects.url}; run: mkrich train {Pair.parse(pair)}", "no_model"
+            )
         return pointer
 
 # %% ../../nbs/05_registry/04_store.ipynb #bcccf20b
@@ -145,13 +165,17 @@ class ModelStore(ModelReader):
         "Write one version; a run id publishes once, so the version told may be one that another process wrote."
         return publish_bundle(self.objects, manifest, model)
 
-    def promote(self, pair: str | Pair, interval: str | Interval, version: str, reason: str = "passed the gate") -> Pointer:
+    def promote(
+        self, pair: str | Pair, interval: str | Interval, version: str, reason: str = "passed the gate"
+    ) -> Pointer:
         "Make a version the champion; StoreError if it is damaged or older than the champion, GateRefused if it did not pass."
         folder = place(pair, interval)
         step = step_to(self.objects, folder, version, reason, self.clock())
         return self._move(folder, lambda data: forward(open_pointer(data, folder), folder, step))
 
-    def rollback(self, pair: str | Pair, interval: str | Interval = "1h", to: str | None = None, reason: str = "rollback") -> str:
+    def rollback(
+        self, pair: str | Pair, interval: str | Interval = "1h", to: str | None = None, reason: str = "rollback"
+    ) -> str:
         "Make the newest sound earlier champion, or the version `to`, champion again; returns its version."
         folder = place(pair, interval)
 
@@ -172,7 +196,10 @@ class ModelStore(ModelReader):
         "Put the page of its run beside a version that is there."
         folder = place(pair, interval, version)
         if self.objects.read(f"{folder}/manifest.json", TEXT_LIMIT) is None:
-            raise StoreError(f"version {version} of {pair} is not in {self.objects.url} (any more), so it takes no page; train again", "unknown_version")
+            raise StoreError(
+                f"version {version} of {pair} is not in {self.objects.url} (any more), so it takes no page; train again",
+                "unknown_version",
+            )
         replace(self.objects, f"{folder}/{PAGE}", page)
 
     def clean(self, keep: int = 10, grace: str = "1h") -> list[str]:
@@ -180,7 +207,11 @@ class ModelStore(ModelReader):
         if keep < 1:
             raise StoreError(f"at least one version of each pair stays, so keep={keep} is too small; give 1 or more")
         before = self.clock() - pd.Timedelta(grace)
-        return [key for pair, interval in self.pairs() for key in clean_folder(self.objects, place(pair, interval), keep, before)]
+        return [
+            key
+            for pair, interval in self.pairs()
+            for key in clean_folder(self.objects, place(pair, interval), keep, before)
+        ]
 
     def _move(self, folder: str, decide: Callable[[bytes | None], Pointer | None]) -> Pointer:
         moved: Pointer | None = None
@@ -195,7 +226,9 @@ class ModelStore(ModelReader):
         return moved or self._promoted(*folder.split("/"))
 
 # %% ../../nbs/05_registry/04_store.ipynb #c4e574f9
-def serving_champion(store: ModelReader, pair: str | Pair, interval: str | Interval = "1h") -> tuple[Pair, Pointer] | None:
+def serving_champion(
+    store: ModelReader, pair: str | Pair, interval: str | Interval = "1h"
+) -> tuple[Pair, Pointer] | None:
     "The key and the pointer of the model that serves a pair: its own, else the pooled one; None if there is neither."
     for key in (Pair.parse(pair), POOLED):
         if (pointer := store.champion(key, interval)) is not None:
@@ -208,7 +241,9 @@ def served_pairs(found: Iterable[tuple[Pair, Interval]], candles: Path) -> list[
     names, models = set(), [(pair, str(interval)) for pair, interval in found]
     for pair, interval in models:
         stored = candles.glob(f"*/{interval}.parquet") if pair == POOLED else []
-        names |= {(path.parent.name, interval) for path in stored} | ({(str(pair), interval)} if pair != POOLED else set())
+        names |= {(path.parent.name, interval) for path in stored} | (
+            {(str(pair), interval)} if pair != POOLED else set()
+        )
     return sorted(names)
 
 # %% ../../nbs/05_registry/04_store.ipynb #43052560

@@ -22,7 +22,10 @@ def place(pair: str | Pair, interval: str | Interval = "1h", version: str = "") 
     "`BTC_USDT/1h` or `BTC_USDT/1h/<version>`; only from texts that can be a pair, an interval and a version, so never a path out of the store."
     folder = f"{Pair.parse(pair)}/{Interval.parse(interval)}"
     if version and not re.fullmatch(VERSION, version, re.ASCII):
-        raise StoreError(f"a version looks like 20231231T230000Z-0123456789ab, not {version[:40]!r}; `mkrich models` lists them", "unknown_version")
+        raise StoreError(
+            f"a version looks like 20231231T230000Z-0123456789ab, not {version[:40]!r}; `mkrich models` lists them",
+            "unknown_version",
+        )
     return f"{folder}/{version}" if version else folder
 
 
@@ -49,7 +52,9 @@ def read_model(objects: Objects, folder: str, manifest: Manifest) -> bytes:
     if model is None:
         raise ValueError("model.onnx is missing")
     if (len(model), sha256(model)) != (want.size, want.sha256):
-        raise ValueError(f"model.onnx has {len(model)} bytes and sha256 {sha256(model)[:12]}, not {want.size} and {want.sha256[:12]}")
+        raise ValueError(
+            f"model.onnx has {len(model)} bytes and sha256 {sha256(model)[:12]}, not {want.size} and {want.sha256[:12]}"
+        )
     return model
 
 # %% ../../nbs/05_registry/02_versions.ipynb #2ab63354
@@ -116,11 +121,16 @@ def load_bundle(objects: Objects, pair: str | Pair, interval: str | Interval, ve
         manifest, data, model = read_sound(objects, place(pair, interval, version), expect)
     except ValueError as e:
         fix = f"run `mkrich rollback {Pair.parse(pair)}` to serve an earlier one, or train again"
-        raise StoreError(f"version {version} of {Pair.parse(pair)} {interval} cannot be used: {e}; {fix}", "damaged_version") from None
+        raise StoreError(
+            f"version {version} of {Pair.parse(pair)} {interval} cannot be used: {e}; {fix}", "damaged_version"
+        ) from None
     return Bundle(manifest, model, sha256(data))
 
 # %% ../../nbs/05_registry/02_versions.ipynb #2d9e7bc3
-UNUSABLE = ("damaged_version", "too_large")  # reasons to turn to an earlier version; all others mean that the store is out of reach
+UNUSABLE = (
+    "damaged_version",
+    "too_large",
+)  # reasons to turn to an earlier version; all others mean that the store is out of reach
 
 # %% ../../nbs/05_registry/02_versions.ipynb #11e1fc28
 def list_versions(objects: Objects, folder: str, champion: str = "") -> list[VersionInfo]:
@@ -135,7 +145,10 @@ def list_versions(objects: Objects, folder: str, champion: str = "") -> list[Ver
             if (data := objects.read(f"{folder}/{version}/manifest.json", TEXT_LIMIT)) is None:
                 raise ValueError("not finished: it has no manifest.json")
             manifest = open_manifest(data)
-            if f"{version}/model.onnx" not in found or found[f"{version}/model.onnx"]["size"] != manifest.files["model.onnx"].size:
+            if (
+                f"{version}/model.onnx" not in found
+                or found[f"{version}/model.onnx"]["size"] != manifest.files["model.onnx"].size
+            ):
                 raise ValueError("model.onnx is missing or has another size than its manifest says")
         except ValueError as e:
             problem = str(e)

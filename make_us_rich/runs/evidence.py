@@ -65,7 +65,11 @@ def render_html(notebook: Path) -> str:
     for cell in page.cells:
         for output in cell.get("outputs", []):
             if "data" in output:  # widgets and scripts have a static form beside them, which stays
-                output["data"] = {kind: value for kind, value in output["data"].items() if kind in _SHOWN and "<script" not in str(value).lower()}
+                output["data"] = {
+                    kind: value
+                    for kind, value in output["data"].items()
+                    if kind in _SHOWN and "<script" not in str(value).lower()
+                }
     page.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(page)
     title = html.escape(f"{notebook.parent.parent.name} {notebook.parent.name} {notebook.stem}")
@@ -97,7 +101,9 @@ def outside_requests(page: str) -> list[str]:
     "What a page would load from elsewhere or run; empty for a page that stands alone."
     parser = _Requests()
     parser.feed(page)
-    style = re.findall(r"@import|url\(\s*['\"]?(?!data:)[^)]*\)", " ".join(re.findall(r"<style.*?</style>", page, re.S)))
+    style = re.findall(
+        r"@import|url\(\s*['\"]?(?!data:)[^)]*\)", " ".join(re.findall(r"<style.*?</style>", page, re.S))
+    )
     return parser.found + style
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #60904c3b
@@ -108,7 +114,10 @@ def render_run(notebook: Path, settings: Settings, output: Path | None = None) -
         message = f"the page of {notebook} was not written, it would show {' and '.join(found)}; take it out of the notebook and make a new one of it"
         raise StoreError(message, "secret_found")
     if loads := outside_requests(page):
-        raise StoreError(f"the page of {notebook} was not written, it would load {loads[0]}; show a static picture instead", "not_alone")
+        raise StoreError(
+            f"the page of {notebook} was not written, it would load {loads[0]}; show a static picture instead",
+            "not_alone",
+        )
     target = output or notebook.with_suffix(".html")
     write_atomic(target, page.encode())
     return target
@@ -128,9 +137,16 @@ def keep_page(outcome: "Outcome", settings: Settings) -> "Outcome":
         for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
             ModelStore(settings.store_url).put_page(outcome.pair, outcome.interval, version, page.read_bytes())
     except ModuleNotFoundError as e:
-        log.warning("the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'", notebook, e.name)
+        log.warning(
+            "the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'",
+            notebook,
+            e.name,
+        )
     except Exception as e:
-        log.warning("%s", e if isinstance(e, StoreError) else f"the page of {notebook} could not be made: {type(e).__name__}: {e}")
+        log.warning(
+            "%s",
+            e if isinstance(e, StoreError) else f"the page of {notebook} could not be made: {type(e).__name__}: {e}",
+        )
     return told
 
 
@@ -152,12 +168,16 @@ def _import_page_libraries() -> None:
             importlib.import_module(name)
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #6d8df7c9
-def clean_runs(runs: Path, models: ModelReader, keep: int = 200, days: float = 30, now: pd.Timestamp | None = None) -> list[Path]:
+def clean_runs(
+    runs: Path, models: ModelReader, keep: int = 200, days: float = 30, now: pd.Timestamp | None = None
+) -> list[Path]:
     "Remove old run folders, never that of a champion or of a run under way; the folders that went."
     from make_us_rich.runs.run import Outcome
 
     now = now if now is not None else system_clock()
-    champions = {pointer.version for pair, interval in models.pairs() if (pointer := models.champion(pair, interval)) is not None}
+    champions = {
+        pointer.version for pair, interval in models.pairs() if (pointer := models.champion(pair, interval)) is not None
+    }
     gone = []
     for pair_folder in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
         outcomes: list[tuple[pd.Timestamp, Path, Outcome]] = []
@@ -178,7 +198,9 @@ def clean_runs(runs: Path, models: ModelReader, keep: int = 200, days: float = 3
 # %% ../../nbs/08_runs/04_evidence.ipynb #0fa6ef53
 def offline_wandb_runs(runs: Path) -> list[Path]:
     "Folders of W&B runs that were recorded offline and not sent yet."
-    return sorted(p for p in runs.rglob("offline-run-*") if p.is_dir() and any(p.glob("*.wandb")) and not any(p.glob("*.synced")))
+    return sorted(
+        p for p in runs.rglob("offline-run-*") if p.is_dir() and any(p.glob("*.wandb")) and not any(p.glob("*.synced"))
+    )
 
 
 def sync_wandb(runs: Path, timeout: float = 300, env: Mapping[str, str] = os.environ) -> dict[Path, str]:
@@ -192,7 +214,14 @@ def sync_wandb(runs: Path, timeout: float = 300, env: Mapping[str, str] = os.env
 def _sync_one(folder: Path, timeout: float, env: Mapping[str, str]) -> str:
     command: list[Any] = [sys.executable, "-m", "wandb", "sync", folder]
     try:
-        done = subprocess.run(command, env=dict(env) | {"WANDB_MODE": "online"}, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command,
+            env=dict(env) | {"WANDB_MODE": "online"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         return f"not finished after {timeout:g} s; run the command again"
     said = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]

@@ -51,18 +51,38 @@ def _place() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-def open_run_row(engine: Engine, plan: Planned, now: pd.Timestamp, longest: float, again: Sequence[str] = ()) -> int | None:
+def open_run_row(
+    engine: Engine, plan: Planned, now: pd.Timestamp, longest: float, again: Sequence[str] = ()
+) -> int | None:
     "Number of the attempt that begins now; None if this run is done or somebody is at it. `again` names done states that may be tried once more."
     fresh: dict[str, Any] = {
-        "state": "running", "exit_class": "", "reason": "", "version": "", "host": _place(), "notebook": plan.notebook, "log": plan.log,
-        "started_at": now, "finished_at": None, "retry_at": None, "seconds": None,
+        "state": "running",
+        "exit_class": "",
+        "reason": "",
+        "version": "",
+        "host": _place(),
+        "notebook": plan.notebook,
+        "log": plan.log,
+        "started_at": now,
+        "finished_at": None,
+        "retry_at": None,
+        "seconds": None,
     }
-    who = {"run_id": plan.run_id, "pair": plan.pair, "interval": plan.interval, "cutoff": plan.cutoff, "recipe": plan.recipe, "recipe_hash": plan.recipe_hash}
+    who = {
+        "run_id": plan.run_id,
+        "pair": plan.pair,
+        "interval": plan.interval,
+        "cutoff": plan.cutoff,
+        "recipe": plan.recipe,
+        "recipe_hash": plan.recipe_hash,
+    }
     stale = and_(RunRow.state == "running", RunRow.started_at < now - pd.Timedelta(seconds=longest))
     allowed = or_(RunRow.state.in_((*AGAIN, *again)), stale)
     with session(engine) as s:
         statement = insert_into(s, RunRow).values(who | fresh | {"attempts": 1})
-        statement = statement.on_conflict_do_update(index_elements=["run_id"], set_=fresh | {"attempts": RunRow.attempts + 1}, where=allowed)
+        statement = statement.on_conflict_do_update(
+            index_elements=["run_id"], set_=fresh | {"attempts": RunRow.attempts + 1}, where=allowed
+        )
         return s.scalar(statement.returning(RunRow.attempts))
 
 # %% ../../nbs/08_runs/03_ledger.ipynb #c7aae587
@@ -89,15 +109,25 @@ class RunLedger:
         wanted += [RunRow.state == state] if state else []
         wanted += [RunRow.started_at >= since] if since is not None else []
         with session(self.engine) as s:
-            return list(s.scalars(select(RunRow).where(*wanted).order_by(RunRow.started_at.desc(), RunRow.id.desc()).limit(limit)))
+            return list(
+                s.scalars(
+                    select(RunRow).where(*wanted).order_by(RunRow.started_at.desc(), RunRow.id.desc()).limit(limit)
+                )
+            )
 
     def find(self, what: str) -> RunRow:
         "The row with this number, or whose run id begins with this text (the newest of several)."
-        same = RunRow.id == int(what) if what.isascii() and what.isdigit() and len(what) < 10 else RunRow.run_id.startswith(what, autoescape=True)
+        same = (
+            RunRow.id == int(what)
+            if what.isascii() and what.isdigit() and len(what) < 10
+            else RunRow.run_id.startswith(what, autoescape=True)
+        )
         with session(self.engine) as s:
             row = s.scalars(select(RunRow).where(same).order_by(RunRow.started_at.desc()).limit(1)).first()
         if row is None:
-            raise SettingsError(f"no run is called {what[:80]!r}; `mkrich runs` lists them with their numbers", "unknown_run")
+            raise SettingsError(
+                f"no run is called {what[:80]!r}; `mkrich runs` lists them with their numbers", "unknown_run"
+            )
         return row
 
     def row_of(self, run_id: str, state: str) -> RunRow | None:
@@ -107,7 +137,13 @@ class RunLedger:
 
     def give_up_retries(self, pair: str, interval: str, recipe: str, before: pd.Timestamp) -> None:
         "No failure of an earlier cut-off is tried again once a newer one is on its way."
-        mine = (RunRow.pair == pair, RunRow.interval == interval, RunRow.recipe == recipe, RunRow.cutoff < before, RunRow.retry_at.is_not(None))
+        mine = (
+            RunRow.pair == pair,
+            RunRow.interval == interval,
+            RunRow.recipe == recipe,
+            RunRow.cutoff < before,
+            RunRow.retry_at.is_not(None),
+        )
         with session(self.engine) as s:
             s.execute(update(RunRow).where(*mine).values(retry_at=None))
 
@@ -134,7 +170,14 @@ COLOURS = {"published": "green", "refused": "yellow", "skipped": "dim", "running
 def runs_table(rows: list[RunRow]) -> Table:
     "The runs as a table for the terminal."
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("no", "right"), ("started", "left"), ("pair", "left"), ("cut-off", "left"), ("recipe", "left"), ("state", "left")):
+    for name, justify in (
+        ("no", "right"),
+        ("started", "left"),
+        ("pair", "left"),
+        ("cut-off", "left"),
+        ("recipe", "left"),
+        ("state", "left"),
+    ):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("s", justify="right")
     table.add_column("version or reason", overflow="fold")
@@ -142,10 +185,22 @@ def runs_table(rows: list[RunRow]) -> Table:
         colour = COLOURS.get(row.state, "red")
         tries = f" ({row.attempts} tries)" if row.attempts > 1 else ""
         retry = f"; next try {row.retry_at:%H:%M:%S}" if row.retry_at is not None else ""
-        why = row.version if row.state == "published" else f"{row.exit_class}: {row.reason}{retry}" if row.state == "failed" else row.reason
+        why = (
+            row.version
+            if row.state == "published"
+            else f"{row.exit_class}: {row.reason}{retry}"
+            if row.state == "failed"
+            else row.reason
+        )
         table.add_row(
-            str(row.id), f"{row.started_at:%m-%d %H:%M:%S}", row.pair, f"{row.cutoff:%m-%d %H:%M}", escape(row.recipe), f"[{colour}]{row.state}[/]{tries}",
-            "" if row.seconds is None else f"{row.seconds:.0f}", escape(why),
+            str(row.id),
+            f"{row.started_at:%m-%d %H:%M:%S}",
+            row.pair,
+            f"{row.cutoff:%m-%d %H:%M}",
+            escape(row.recipe),
+            f"[{colour}]{row.state}[/]{tries}",
+            "" if row.seconds is None else f"{row.seconds:.0f}",
+            escape(why),
         )
     return table
 
@@ -178,7 +233,9 @@ def follow_log(ledger: RunLedger, what: str, pause: float = 0.5) -> Iterator[str
     row = ledger.find(what)
     place, rest = Path(row.log), ""
     if not row.log:
-        raise SettingsError(f"the run {row.run_id} has no log: it ended before a notebook was started ({row.reason})", "no_log")
+        raise SettingsError(
+            f"the run {row.run_id} has no log: it ended before a notebook was started ({row.reason})", "no_log"
+        )
     seen = 0
     while True:
         ended = ledger.find(row.run_id).state != "running"

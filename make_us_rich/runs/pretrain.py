@@ -22,7 +22,12 @@ from ..core.settings import CandleError, StoreError, system_clock, utc_iso
 from ..core.storage import write_atomic
 from ..market.series import POOLED, Interval
 from make_us_rich.market.candles import (
-    SAMPLE_PAIRS, VALUE_COLUMNS, CandleReport, clean_candles, next_returns, scorable_rows,
+    SAMPLE_PAIRS,
+    VALUE_COLUMNS,
+    CandleReport,
+    clean_candles,
+    next_returns,
+    scorable_rows,
 )
 from ..market.candle_store import CandleStore
 from ..models.baselines import LEVELS, Base
@@ -31,7 +36,13 @@ from ..models.features import CandleFeatures
 from ..models.network import forecast_returns
 from ..models.training import TrainResult, training_loop
 from make_us_rich.models.pooled import (
-    Pooled, PretrainResult, finetune, first_test_candle, pack_weights, pool_cutoff, unpack_weights,
+    Pooled,
+    PretrainResult,
+    finetune,
+    first_test_candle,
+    pack_weights,
+    pool_cutoff,
+    unpack_weights,
 )
 from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
@@ -74,40 +85,71 @@ class PoolRun:
 
     def _repr_markdown_(self) -> str:
         head = f"# {len(self.frames)} pairs, {self.interval}, candles up to {self.newest:%Y-%m-%d %H:%M} UTC"
-        facts = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
+        facts = (
+            f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
+        )
         return "\n\n".join([head, facts, *(f"- {pair} is left out: {why}" for pair, why in self.left_out.items())])
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #3b8c7660
 def open_pool(
-    interval: str = "1h", recipe: str = "pooled", overrides: dict[str, Any] | None = None, cutoff: str = "", history_days: int = 0, home: str = "",
-    models_url: str = "", exchange_url: str = SAMPLE_URL, run_id: str = "", result_path: str = "",
+    interval: str = "1h",
+    recipe: str = "pooled",
+    overrides: dict[str, Any] | None = None,
+    cutoff: str = "",
+    history_days: int = 0,
+    home: str = "",
+    models_url: str = "",
+    exchange_url: str = SAMPLE_URL,
+    run_id: str = "",
+    result_path: str = "",
 ) -> PoolRun:
     "Put a pooled run together from plain values; `history_days` 0 takes all stored candles."
-    step, loaded, settings = Interval.parse(interval), load_recipe(recipe, **(overrides or {})), run_settings(home, models_url)
+    step, loaded, settings = (
+        Interval.parse(interval),
+        load_recipe(recipe, **(overrides or {})),
+        run_settings(home, models_url),
+    )
     store, left_out = CandleStore(settings.candles_dir), dict[str, str]()
     stored = sorted(path.parent.name for path in settings.candles_dir.glob(f"*/{step}.parquet"))
     names = stored or (list(SAMPLE_PAIRS) if exchange_url == SAMPLE_URL else [])
-    frames, reports, hashes, sources = dict[str, pd.DataFrame](), dict[str, CandleReport](), dict[str, str](), set[str]()
+    frames, reports, hashes, sources = (
+        dict[str, pd.DataFrame](),
+        dict[str, CandleReport](),
+        dict[str, str](),
+        set[str](),
+    )
     for name in names:
         try:
             if not cutoff and (exchange_url != SAMPLE_URL or not stored):
                 _update(store, name, step, exchange_url)
-            frame = store.read(name, step, rows=history_days * 24 * 3_600_000 // step.ms or None, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
+            frame = store.read(
+                name,
+                step,
+                rows=history_days * 24 * 3_600_000 // step.ms or None,
+                end=pd.Timestamp(cutoff) - step.delta if cutoff else None,
+            )
             book = store.info(name, step)
             if book.report.bad_share > 0.001:
-                raise CandleError(f"{book.report.bad_share:.2%} of its candles break a rule, 0.10% is allowed", "bad_candles")
+                raise CandleError(
+                    f"{book.report.bad_share:.2%} of its candles break a rule, 0.10% is allowed", "bad_candles"
+                )
         except CandleError as error:
             left_out[name] = str(error)
             continue
         frames[name], reports[name], hashes[name] = frame, clean_candles(frame, step)[1], book.content_hash
         sources.add(book.source)
     if not frames:
-        raise CandleError(f"there are no candles to pool in {settings.candles_dir}; fetch some first with `mkrich candles BTC_USDT`", "no_candles")
+        raise CandleError(
+            f"there are no candles to pool in {settings.candles_dir}; fetch some first with `mkrich candles BTC_USDT`",
+            "no_candles",
+        )
     newest = max(frame["timestamp"].iloc[-1] for frame in frames.values()) + step.delta
     identity = run_id or f"{POOLED}-{step}-{newest:%Y%m%dT%H%M%SZ}-{loaded.hash}"
     path = Path(result_path) if result_path else settings.home / "result.json"
     source = ", ".join(sorted(sources))
-    return PoolRun(step, loaded, frames, reports, hashes, left_out, source, ModelStore(settings.store_url), identity, path)
+    return PoolRun(
+        step, loaded, frames, reports, hashes, left_out, source, ModelStore(settings.store_url), identity, path
+    )
 
 
 def _update(store: CandleStore, name: str, step: Interval, exchange_url: str) -> None:
@@ -128,7 +170,9 @@ def pool_table(run: PoolRun) -> Markdown:
         first, last = (f"{frame['timestamp'].iloc[i]:%Y-%m-%d}" for i in (0, -1))
         known, report = int(frame["timestamp"].searchsorted(cutoff)), run.reports[name]
         learned = f"{known:,}" if known > CandleFeatures.span + run.recipe.chunk else "too few"
-        lines.append(f"| {name} | {len(frame):,} | {first} | {last} | {len(report.gaps)} | {report.missing} | {learned} |")
+        lines.append(
+            f"| {name} | {len(frame):,} | {first} | {last} | {len(report.gaps)} | {report.missing} | {learned} |"
+        )
     return Markdown("\n".join(lines))
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #f7c2ea0d
@@ -140,10 +184,22 @@ class PoolScores:
     hours: pd.DataFrame
 
     def _repr_markdown_(self) -> str:
-        lines = ["| pair | hours | CRPS / base | t | MAE / close | direction right | 50 % | 80 % | 95 % |", "|" + "---|" * 9]
+        lines = [
+            "| pair | hours | CRPS / base | t | MAE / close | direction right | 50 % | 80 % | 95 % |",
+            "|" + "---|" * 9,
+        ]
         for name, row in self.table.iterrows():
-            cells = [str(name), f"{row['n']:.0f}", f"{row['crps/base']:.4f}", f"{row['dm_t']:+.1f}", f"{row['mae/naive']:.4f}"]
-            cells += ["names none" if np.isnan(row["hit"]) else f"{row['hit'] * 100:.1f} %", *(f"{row[f'cov{p}'] * 100:.1f} %" for p in (50, 80, 95))]
+            cells = [
+                str(name),
+                f"{row['n']:.0f}",
+                f"{row['crps/base']:.4f}",
+                f"{row['dm_t']:+.1f}",
+                f"{row['mae/naive']:.4f}",
+            ]
+            cells += [
+                "names none" if np.isnan(row["hit"]) else f"{row['hit'] * 100:.1f} %",
+                *(f"{row[f'cov{p}'] * 100:.1f} %" for p in (50, 80, 95)),
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -168,7 +224,9 @@ def score_pool(run: PoolRun, result: PretrainResult) -> PoolScores:
         times = frame["timestamp"].iloc[rows].to_numpy()
         hours.append(pd.DataFrame({"pair": name, "time": times, "difference": (crps(y, Q) - loss) / loss.mean()}))
     if not hours:
-        raise CandleError("no pair has 100 hours after the cut-off that can be scored; fetch a longer history", "short_history")
+        raise CandleError(
+            "no pair has 100 hours after the cut-off that can be scored; fetch a longer history", "short_history"
+        )
     every = pd.concat(hours, ignore_index=True)
     each = pd.DataFrame(table).T
     whole = each.mean()
@@ -190,7 +248,11 @@ def plot_pool(scores: PoolScores) -> "Figure":
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.tick_params(labelsize=8, length=0)
     ax.set_xlabel("CRPS / base (left of 1 is better than the last 720 returns)", fontsize=9)
-    ax.set_title(f"{(ratio < 1).sum()} of {len(table)} pairs better than the base, mean {ratio.mean():.3f}", loc="left", fontsize=10)
+    ax.set_title(
+        f"{(ratio < 1).sum()} of {len(table)} pairs better than the base, mean {ratio.mean():.3f}",
+        loc="left",
+        fontsize=10,
+    )
     return figure
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #319d9611
@@ -200,29 +262,61 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
     checks = [
         _check("enough_hours", n >= 720, n, "at least 720 scored hours", f"{n} hours of {len(each)} pairs were scored"),
-        _check("beats_base", t < -1.64, t, "one-sided DM t < -1.64 on CRPS", f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}"),
-        _check("most_pairs", better >= 0.75, better, "better than the base for 75 % of the pairs", f"it is better for {better:.0%} of the pairs"),
+        _check(
+            "beats_base",
+            t < -1.64,
+            t,
+            "one-sided DM t < -1.64 on CRPS",
+            f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}",
+        ),
+        _check(
+            "most_pairs",
+            better >= 0.75,
+            better,
+            "better than the base for 75 % of the pairs",
+            f"it is better for {better:.0%} of the pairs",
+        ),
     ]
     for percent, low, high in ((80, 0.75, 0.85), (95, 0.925, 0.975)):
         share, rule = float(whole[f"cov{percent}"]), f"{low:.1%} to {high:.1%} inside the {percent} % range"
-        checks.append(_check(f"coverage_{percent}", low <= share <= high, share, rule, f"the {percent} % range held {share:.1%} of the hours"))
+        checks.append(
+            _check(
+                f"coverage_{percent}",
+                low <= share <= high,
+                share,
+                rule,
+                f"the {percent} % range held {share:.1%} of the hours",
+            )
+        )
     parity_rule = "ONNX and torch differ by at most 1e-5"
-    return Verdict([*checks, _check("onnx_parity", parity <= 1e-5, parity, parity_rule, f"they differ by {parity:.1g}")])
+    return Verdict(
+        [*checks, _check("onnx_parity", parity <= 1e-5, parity, parity_rule, f"they differ by {parity:.1g}")]
+    )
 
 
 def _check(name: str, passed: bool, value: float, rule: str, found: str) -> Check:
     "A check whose sentence tells, if it failed, the rule and what to do."
-    sentence = f"{found[0].upper()}{found[1:]}" + ("." if passed else f", the rule is: {rule}; keep the champion, and pool more or longer histories.")
+    sentence = f"{found[0].upper()}{found[1:]}" + (
+        "." if passed else f", the rule is: {rule}; keep the champion, and pool more or longer histories."
+    )
     return Check(name, bool(passed), float(value), rule, sentence)
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #8735830e
 def pool_metadata(run: PoolRun, result: PretrainResult) -> dict[str, str]:
     "What goes into the exported file beside the graph."
     pairs = json.dumps(result.pooled.pairs, sort_keys=True)
-    return {"pair": str(POOLED), "interval": str(run.interval), "run_id": run.run_id, "pairs": pairs, "weights": pack_weights(result.pooled.forecaster)}
+    return {
+        "pair": str(POOLED),
+        "interval": str(run.interval),
+        "run_id": run.run_id,
+        "pairs": pairs,
+        "weights": pack_weights(result.pooled.forecaster),
+    }
 
 
-def publish_pool(run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict) -> Publication:
+def publish_pool(
+    run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict
+) -> Publication:
     "Publish and promote a pooled network that passed; write `result.json` for the runner either way."
     if not verdict.passed:
         publication = Publication("refused", verdict.reasons)
@@ -235,9 +329,19 @@ def publish_pool(run: PoolRun, result: PretrainResult, model: bytes, scores: Poo
             if error.reason != "older_cutoff":
                 raise
             publication = Publication("published", [str(error)], version)
-    facts = {"run_id": run.run_id, "state": publication.state, "version": publication.version, "reasons": publication.reasons}
+    facts = {
+        "run_id": run.run_id,
+        "state": publication.state,
+        "version": publication.version,
+        "reasons": publication.reasons,
+    }
     write_atomic(run.result_path, json.dumps(facts | {"promoted": publication.promoted}, indent=1).encode())
-    config = run.recipe.model_dump() | {"pair": str(POOLED), "cutoff": utc_iso(result.pooled.cutoff), "recipe_hash": run.recipe.hash, "source": run.source}
+    config = run.recipe.model_dump() | {
+        "pair": str(POOLED),
+        "cutoff": utc_iso(result.pooled.cutoff),
+        "recipe_hash": run.recipe.hash,
+        "source": run.source,
+    }
     config |= {"pairs": sorted(result.pooled.pairs)}
     track_publication(run, str(POOLED), config, result, model, scores.table, verdict, publication)
     return publication
@@ -247,20 +351,42 @@ def _manifest(run: PoolRun, result: PretrainResult, model: bytes, scores: PoolSc
     pooled, window = result.pooled, int(result.pooled.forecaster.window)
     tail = next(frame for frame in run.frames.values() if len(frame) >= window).tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
-    first, gaps = min(run.frames[name]["timestamp"].iloc[0] for name in pooled.pairs), sum(len(run.reports[name].gaps) for name in pooled.pairs)
+    quantiles, scale = open_session(model).run(
+        None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
+    )
+    first, gaps = (
+        min(run.frames[name]["timestamp"].iloc[0] for name in pooled.pairs),
+        sum(len(run.reports[name].gaps) for name in pooled.pairs),
+    )
     contents = "".join(f"{name} {run.hashes[name]}\n" for name in sorted(pooled.pairs))
     data = DataSpan(
-        source=run.source, label=run.source if run.source.startswith(("historical sample", "synthetic")) else "", first=first,
-        last=pooled.cutoff - run.interval.delta, rows=sum(pooled.pairs.values()), gaps=gaps, content_hash=hashlib.sha256(contents.encode()).hexdigest(),
+        source=run.source,
+        label=run.source if run.source.startswith(("historical sample", "synthetic")) else "",
+        first=first,
+        last=pooled.cutoff - run.interval.delta,
+        rows=sum(pooled.pairs.values()),
+        gaps=gaps,
+        content_hash=hashlib.sha256(contents.encode()).hexdigest(),
     )
     rows = scores.table.reset_index(names="model").to_dict("records")
     clean = [{str(k): None if v != v else v for k, v in row.items()} for row in rows]
     return Manifest(
-        pair=str(POOLED), interval=str(run.interval), window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
-        recipe=json.loads(run.recipe.model_dump_json()), recipe_hash=run.recipe.hash, data=data, cutoff=pooled.cutoff, created_at=system_clock(),
-        scores=clean, verdict=json.loads(json.dumps(verdict.to_dict(), default=plain_value)), golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
-        libraries=library_versions(), git_revision=git_revision(), run_id=run.run_id,
+        pair=str(POOLED),
+        interval=str(run.interval),
+        window=window,
+        columns=VALUE_COLUMNS,
+        levels=list(LEVELS),
+        recipe=json.loads(run.recipe.model_dump_json()),
+        recipe_hash=run.recipe.hash,
+        data=data,
+        cutoff=pooled.cutoff,
+        created_at=system_clock(),
+        scores=clean,
+        verdict=json.loads(json.dumps(verdict.to_dict(), default=plain_value)),
+        golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
+        libraries=library_versions(),
+        git_revision=git_revision(),
+        run_id=run.run_id,
     )
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #9ca211a6
@@ -274,23 +400,38 @@ def open_pooled(bundle: Bundle) -> Pooled:
         quantiles, _ = forecaster(*map(torch.from_numpy, manifest.golden.inputs(manifest.window)))
     off = float(np.abs(quantiles[0].numpy() / np.array(manifest.golden.quantiles) - 1).max())
     if not off <= 1e-6:
-        raise StoreError(f"the weights in version {manifest.version} of {POOLED} give other prices than its graph (off by {off:.1e}); pretrain again")
+        raise StoreError(
+            f"the weights in version {manifest.version} of {POOLED} give other prices than its graph (off by {off:.1e}); pretrain again"
+        )
     pairs = json.loads(facts.get("pairs", "{}"))
     return Pooled(forecaster, recipe, Interval.parse(manifest.interval), pd.Timestamp(manifest.cutoff), pairs)
 
 
-def load_pooled(store: ModelStore, interval: str | Interval = "1h", before: pd.Timestamp | None = None) -> Pooled | None:
+def load_pooled(
+    store: ModelStore, interval: str | Interval = "1h", before: pd.Timestamp | None = None
+) -> Pooled | None:
     "The newest published pooled network that learned from no candle after `before`; None if there is none."
     for info in store.versions(POOLED, interval):
         manifest = info.manifest
-        if manifest is not None and not info.problem and manifest.passed and (before is None or pd.Timestamp(manifest.cutoff) <= before):
+        if (
+            manifest is not None
+            and not info.problem
+            and manifest.passed
+            and (before is None or pd.Timestamp(manifest.cutoff) <= before)
+        ):
             return open_pooled(store.load(POOLED, interval, info.version))
     return None
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #e6e6d1f4
 def train_pair(run: Run, progress: bool = False) -> TrainResult:
     "Train the run's pair as its recipe says: from scratch, or from the newest pooled network that has not seen the test span."
-    facts: dict[str, Any] = {"interval": run.interval, "logger_dir": run.log_dir, "progress": progress, "run_name": run.run_id, "track": False}  # tracked as a whole at its end
+    facts: dict[str, Any] = {
+        "interval": run.interval,
+        "logger_dir": run.log_dir,
+        "progress": progress,
+        "run_name": run.run_id,
+        "track": False,
+    }  # tracked as a whole at its end
     if run.recipe.start == "scratch":
         return training_loop(run.frame, run.recipe, **facts)
     pooled = load_pooled(run.models, run.interval, before=first_test_candle(run.frame, run.recipe))

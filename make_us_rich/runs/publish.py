@@ -73,9 +73,15 @@ class Publication:
 
     def _repr_markdown_(self) -> str:
         if self.state == "refused":
-            serves = f"The fallback HAR-t `{self.fallback}` serves." if self.fallback else "The champion, if there is one, keeps serving."
+            serves = (
+                f"The fallback HAR-t `{self.fallback}` serves."
+                if self.fallback
+                else "The champion, if there is one, keeps serving."
+            )
             return f"**Refused, not published.** {serves}\n\n" + "\n".join(f"- {r}" for r in self.reasons)
-        return f"**Published** as `{self.version}`" + (" and promoted to champion." if self.promoted else f", not promoted: {'; '.join(self.reasons)}")
+        return f"**Published** as `{self.version}`" + (
+            " and promoted to champion." if self.promoted else f", not promoted: {'; '.join(self.reasons)}"
+        )
 
 # %% ../../nbs/08_runs/06_publish.ipynb #976c8481
 def publish_or_refuse(
@@ -89,7 +95,16 @@ def publish_or_refuse(
         if fallback and fallback.waiting:
             backup, _ = _publish_har(run, *fallback.waiting)
         recipe = json.loads(result.recipe.model_dump_json())
-        draft = _manifest(run, model, span.scores, verdict, recipe=recipe, recipe_hash=result.recipe.hash, window=window_of_result(result), run_id=run.run_id)
+        draft = _manifest(
+            run,
+            model,
+            span.scores,
+            verdict,
+            recipe=recipe,
+            recipe_hash=result.recipe.hash,
+            window=window_of_result(result),
+            run_id=run.run_id,
+        )
         published = run.models.publish(draft, model)
         problem = _promote(run, published, "passed the gate")
         publication = Publication("published", [problem] if problem else [], published, not problem, backup)
@@ -99,18 +114,50 @@ def publish_or_refuse(
     return publication
 
 # %% ../../nbs/08_runs/06_publish.ipynb #dba5c95c
-def _track(run: Run, result: TrainResult, model: bytes, scores: Scores, verdict: Verdict, publication: Publication) -> None:
-    facts = {"pair": str(run.pair), "cutoff": utc_iso(run.cutoff), "recipe_hash": result.recipe.hash, "candles": len(run.frame), "source": run.source}
-    track_publication(run, str(run.pair), result.recipe.model_dump() | facts, result, model, scores.table, verdict, publication)
+def _track(
+    run: Run, result: TrainResult, model: bytes, scores: Scores, verdict: Verdict, publication: Publication
+) -> None:
+    facts = {
+        "pair": str(run.pair),
+        "cutoff": utc_iso(run.cutoff),
+        "recipe_hash": result.recipe.hash,
+        "candles": len(run.frame),
+        "source": run.source,
+    }
+    track_publication(
+        run, str(run.pair), result.recipe.model_dump() | facts, result, model, scores.table, verdict, publication
+    )
 
 
 def track_publication(
-    run: Any, pair: str, config: dict[str, Any], result: Any, model: bytes, table: pd.DataFrame, verdict: Verdict, publication: Publication
+    run: Any,
+    pair: str,
+    config: dict[str, Any],
+    result: Any,
+    model: bytes,
+    table: pd.DataFrame,
+    verdict: Verdict,
+    publication: Publication,
 ) -> None:
     "A whole run as one run of Weights & Biases, if that is on; what was published as its artefact."
-    config = config | {"interval": str(run.interval), "run_id": run.run_id, "libraries": library_versions(), "git_revision": git_revision()}
-    summary: dict[str, Any] = {f"{name}/{who}": value for who, row in table.iterrows() for name, value in row.items() if isinstance(value, float)}
-    summary |= {"state": publication.state, "version": publication.version, "reasons": publication.reasons, "cpu_seconds": result.cpu_seconds}
+    config = config | {
+        "interval": str(run.interval),
+        "run_id": run.run_id,
+        "libraries": library_versions(),
+        "git_revision": git_revision(),
+    }
+    summary: dict[str, Any] = {
+        f"{name}/{who}": value
+        for who, row in table.iterrows()
+        for name, value in row.items()
+        if isinstance(value, float)
+    }
+    summary |= {
+        "state": publication.state,
+        "version": publication.version,
+        "reasons": publication.reasons,
+        "cpu_seconds": result.cpu_seconds,
+    }
     summary |= {f"gate/{check.name}": check.passed for check in verdict.checks}
     bundle = {}
     if publication.version:
@@ -130,21 +177,50 @@ def _promote(run: Run, version: str, reason: str) -> str:
         return str(e)
 
 
-def _manifest(run: Run, model: bytes, scores: Scores, verdict: Verdict, *, recipe: dict[str, Any], recipe_hash: str, window: int, run_id: str) -> Manifest:
+def _manifest(
+    run: Run,
+    model: bytes,
+    scores: Scores,
+    verdict: Verdict,
+    *,
+    recipe: dict[str, Any],
+    recipe_hash: str,
+    window: int,
+    run_id: str,
+) -> Manifest:
     "The manifest of a candidate, as pure data."
     frame = run.frame
     tail = frame.tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
+    quantiles, scale = open_session(model).run(
+        None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
+    )
     data = DataSpan(
-        source=run.source, label=run.label, first=frame["timestamp"].iloc[0], last=frame["timestamp"].iloc[-1], rows=len(frame),
-        gaps=len(run.report.gaps), content_hash=content_hash(frame),
+        source=run.source,
+        label=run.label,
+        first=frame["timestamp"].iloc[0],
+        last=frame["timestamp"].iloc[-1],
+        rows=len(frame),
+        gaps=len(run.report.gaps),
+        content_hash=content_hash(frame),
     )
     return Manifest(
-        pair=str(run.pair), interval=str(run.interval), window=window, columns=VALUE_COLUMNS, levels=list(LEVELS),
-        recipe=recipe, recipe_hash=recipe_hash, data=data, cutoff=run.cutoff, created_at=system_clock(),
-        scores=json.loads(json.dumps(scores.to_dict(), default=float)), verdict=json.loads(json.dumps(verdict.to_dict(), default=plain_value)),
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])), libraries=library_versions(), git_revision=git_revision(), run_id=run_id,
+        pair=str(run.pair),
+        interval=str(run.interval),
+        window=window,
+        columns=VALUE_COLUMNS,
+        levels=list(LEVELS),
+        recipe=recipe,
+        recipe_hash=recipe_hash,
+        data=data,
+        cutoff=run.cutoff,
+        created_at=system_clock(),
+        scores=json.loads(json.dumps(scores.to_dict(), default=float)),
+        verdict=json.loads(json.dumps(verdict.to_dict(), default=plain_value)),
+        golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
+        libraries=library_versions(),
+        git_revision=git_revision(),
+        run_id=run_id,
     )
 
 # %% ../../nbs/08_runs/06_publish.ipynb #2e2ee157
@@ -170,7 +246,11 @@ def _needs_fallback(run: Run) -> str:
     except StoreError as e:
         return f"the champion is there but cannot be loaded ({e})."
     is_old = run.cutoff - pd.Timestamp(manifest.cutoff) > pd.Timedelta("7d")
-    return "" if manifest.recipe.get("name") == HarT.name and is_old else f"{run.pair} has a champion already, `{pointer.version}`."
+    return (
+        ""
+        if manifest.recipe.get("name") == HarT.name and is_old
+        else f"{run.pair} has a champion already, `{pointer.version}`."
+    )
 
 
 def publish_fallback(run: Run) -> Fallback:
@@ -187,17 +267,34 @@ def publish_fallback(run: Run) -> Fallback:
     Q, parity, forecaster = _walk_graph(run, model, har, rows)
     champion = champion_returns(run.models, run.frame, rows, run.pair, run.interval)
     verdict = gate(run.frame, rows, Q, interval=run.interval, forecast=forecaster, parity=parity, incumbent=champion)
-    waits = [check.name for check in verdict.checks if check.refuses and not check.passed] == ["not_worse"] and not run.models.champion(run.pair, run.interval)
-    if waits:  # worse than the pooled model only: as the last place to go back to it is good enough, and its manifest tells
-        verdict = Verdict([dataclasses.replace(check, refuses=check.refuses and check.passed) for check in verdict.checks])
+    waits = [check.name for check in verdict.checks if check.refuses and not check.passed] == [
+        "not_worse"
+    ] and not run.models.champion(run.pair, run.interval)
+    if (
+        waits
+    ):  # worse than the pooled model only: as the last place to go back to it is good enough, and its manifest tells
+        verdict = Verdict(
+            [dataclasses.replace(check, refuses=check.refuses and check.passed) for check in verdict.checks]
+        )
     if not verdict.passed:
         return Fallback("", "HAR-t did not pass the gate, so it is not published.", verdict.reasons)
-    scores = evaluate(run.frame, rows, {HarT.name: widen(Q, online_width(run.frame, rows, Q, run.interval))}, run.interval)
+    scores = evaluate(
+        run.frame, rows, {HarT.name: widen(Q, online_width(run.frame, rows, Q, run.interval))}, run.interval
+    )
     draft = _har_manifest(run, model, scores, verdict)
     if waits:
-        return Fallback("", "HAR-t passed the gate, but the pooled model serves this pair better; it is published just before a network.", [], (draft, model))
+        return Fallback(
+            "",
+            "HAR-t passed the gate, but the pooled model serves this pair better; it is published just before a network.",
+            [],
+            (draft, model),
+        )
     version, problem = _publish_har(run, draft, model)
-    return Fallback(version, f"HAR-t passed the gate and is published as `{version}`; it serves until a network does.", [problem] if problem else [])
+    return Fallback(
+        version,
+        f"HAR-t passed the gate and is published as `{version}`; it serves until a network does.",
+        [problem] if problem else [],
+    )
 
 # %% ../../nbs/08_runs/06_publish.ipynb #6735e617
 def _walk_graph(run: Run, model: bytes, har: HarT, rows: np.ndarray) -> tuple[np.ndarray, float, Any]:
@@ -213,9 +310,17 @@ def _walk_graph(run: Run, model: bytes, har: HarT, rows: np.ndarray) -> tuple[np
 
 
 def _har_manifest(run: Run, model: bytes, scores: Scores, verdict: Verdict) -> Manifest:
-    recipe = {"name": HarT.name, "kind": "har-t", "window": WINDOW, "test_size": run.recipe.test_size, "val_size": run.recipe.val_size}
+    recipe = {
+        "name": HarT.name,
+        "kind": "har-t",
+        "window": WINDOW,
+        "test_size": run.recipe.test_size,
+        "val_size": run.recipe.val_size,
+    }
     mark = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return _manifest(run, model, scores, verdict, recipe=recipe, recipe_hash=mark, window=WINDOW, run_id=f"{run.run_id[:114]}-har-t")
+    return _manifest(
+        run, model, scores, verdict, recipe=recipe, recipe_hash=mark, window=WINDOW, run_id=f"{run.run_id[:114]}-har-t"
+    )
 
 
 def _publish_har(run: Run, draft: Manifest, model: bytes) -> tuple[str, str]:
@@ -227,7 +332,10 @@ def _publish_har(run: Run, draft: Manifest, model: bytes) -> tuple[str, str]:
 def where_next(run: Run, publication: Publication) -> Markdown:
     "What a reader of the report may want to do now."
     option = "" if str(run.interval) == "1h" else f" --interval {run.interval}"
-    commands = [("the newest forecast", f"mkrich forecast {run.pair}{option}"), ("all versions of this pair", f"mkrich models {run.pair}")]
+    commands = [
+        ("the newest forecast", f"mkrich forecast {run.pair}{option}"),
+        ("all versions of this pair", f"mkrich models {run.pair}"),
+    ]
     if publication.promoted:
         commands.append(("back to the champion before", f"mkrich rollback {run.pair}{option}"))
     lines = "\n".join(f"- {what}: `{command}`" for what, command in commands)

@@ -22,7 +22,13 @@ import pandas as pd
 from ..core.settings import CandleError, Settings, get_settings, utc_iso
 from ..market.series import Interval, Pair
 from make_us_rich.market.candles import (
-    SAMPLE_LABEL, SAMPLE_PAIRS, CandleReport, clean_candles, find_gaps, load_sample, scorable_rows,
+    SAMPLE_LABEL,
+    SAMPLE_PAIRS,
+    CandleReport,
+    clean_candles,
+    find_gaps,
+    load_sample,
+    scorable_rows,
 )
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
@@ -72,7 +78,10 @@ def since_long_hole(frame: pd.DataFrame, interval: Interval) -> tuple[pd.DataFra
     start = holes[-1].end + interval.delta
     kept = frame[frame["timestamp"] >= start].reset_index(drop=True)
     lost = f"{holes[-1].missing:,} candles are missing before {utc_iso(start)}"
-    return kept, f"{lost}; a model does not learn across such a hole, so the {len(frame) - len(kept):,} candles before it are not used."
+    return (
+        kept,
+        f"{lost}; a model does not learn across such a hole, so the {len(frame) - len(kept):,} candles before it are not used.",
+    )
 
 # %% ../../nbs/08_runs/05_report.ipynb #0e924fd3
 @dataclass(frozen=True)
@@ -104,16 +113,35 @@ class Run:
         return self.result_path.parent / "logs"
 
     def _repr_markdown_(self) -> str:
-        note = f"**{self.label}: these candles are real but old, nothing below is about today.**" if self.label == SAMPLE_LABEL else self.label
-        measured = f"*The design was measured on 1h candles only; with {self.interval} there is less experience.*" if str(self.interval) != "1h" else ""
+        note = (
+            f"**{self.label}: these candles are real but old, nothing below is about today.**"
+            if self.label == SAMPLE_LABEL
+            else self.label
+        )
+        measured = (
+            f"*The design was measured on 1h candles only; with {self.interval} there is less experience.*"
+            if str(self.interval) != "1h"
+            else ""
+        )
         head = f"# {self.pair}, {self.interval}, cut-off {self.cutoff:%Y-%m-%d %H:%M} UTC"
-        facts = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
+        facts = (
+            f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
+        )
         return "\n\n".join(x for x in (head, facts, note, measured, self.note) if x)
 
 # %% ../../nbs/08_runs/05_report.ipynb #0a3afea5
 def open_run(
-    pair: str, interval: str = "1h", recipe: str = "default", overrides: dict[str, Any] | None = None, cutoff: str = "", history_days: int = 365,
-    home: str = "", models_url: str = "", exchange_url: str = SAMPLE_URL, run_id: str = "", result_path: str = "",
+    pair: str,
+    interval: str = "1h",
+    recipe: str = "default",
+    overrides: dict[str, Any] | None = None,
+    cutoff: str = "",
+    history_days: int = 365,
+    home: str = "",
+    models_url: str = "",
+    exchange_url: str = SAMPLE_URL,
+    run_id: str = "",
+    result_path: str = "",
 ) -> Run:
     "Put a run together from plain values; fetches candles only if no cut-off is given."
     name, step, loaded = Pair.parse(pair), Interval.parse(interval), load_recipe(recipe, **(overrides or {}))
@@ -122,16 +150,34 @@ def open_run(
     rows = int(pd.Timedelta(days=history_days) / step.delta)
     if not cutoff:
         candles.update(client, name, step, rows=rows)
-    frame, note = since_long_hole(candles.read(name, step, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step)
+    frame, note = since_long_hole(
+        candles.read(name, step, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
+    )
     book = candles.info(name, step)
     if book.report.bad_share > 0.001:
-        share = f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"
+        share = (
+            f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"
+        )
         raise CandleError(f"{share}; see `mkrich candles {name}` and take another source", "bad_candles")
     end = frame["timestamp"].iloc[-1] + step.delta
     identity = run_id or f"{name}-{step}-{end:%Y%m%dT%H%M%SZ}-{loaded.hash}"
     path = Path(result_path) if result_path else settings.home / "result.json"
     report = clean_candles(frame, step)[1]
-    return Run(name, step, loaded, end, frame, report, book.source, client, candles, ModelStore(settings.store_url), identity, path, note)
+    return Run(
+        name,
+        step,
+        loaded,
+        end,
+        frame,
+        report,
+        book.source,
+        client,
+        candles,
+        ModelStore(settings.store_url),
+        identity,
+        path,
+        note,
+    )
 
 
 def run_settings(home: str, models_url: str) -> Settings:
@@ -163,7 +209,11 @@ def plot_prices(run: Run) -> "Figure":
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     ax.set_ylabel(f"close in {run.pair.quote}", fontsize=9)
     change = close.iloc[-1] / close.iloc[0] - 1
-    ax.set_title(f"{run.pair}: {len(close):,} closed candles of {run.interval}, {change:+.0%} from the first to the last", loc="left", fontsize=10)
+    ax.set_title(
+        f"{run.pair}: {len(close):,} closed candles of {run.interval}, {change:+.0%} from the first to the last",
+        loc="left",
+        fontsize=10,
+    )
     return figure
 
 # %% ../../nbs/08_runs/05_report.ipynb #9ad4bcfd
@@ -197,7 +247,9 @@ def rows_to_test(run: Run, test: slice, window: int) -> np.ndarray:
     "The scorable rows of the test part, from the last one that was learned from (its outcome is the first candle of the part)."
     rows = scorable_rows(run.frame, np.arange(test.start - 1, test.stop - 1), run.interval, window=window)
     if not len(rows):
-        raise CandleError(f"no candle of the test span of {run.pair} can be scored; fetch a longer history", "short_history")
+        raise CandleError(
+            f"no candle of the test span of {run.pair} can be scored; fetch a longer history", "short_history"
+        )
     return rows
 
 
@@ -208,7 +260,9 @@ def walk_test_span(run: Run, result: TrainResult) -> TestSpan:
     shown = widen(Q, online_width(run.frame, rows, Q, run.interval))
     har = HarT(run.interval)
     others = {har.name: har.fit(run.frame, int(rows[0])).quantiles(run.frame, rows)}
-    return TestSpan(rows, Q, shown, evaluate(run.frame, rows, {f"recipe {result.recipe.name}": shown, **others}, run.interval))
+    return TestSpan(
+        rows, Q, shown, evaluate(run.frame, rows, {f"recipe {result.recipe.name}": shown, **others}, run.interval)
+    )
 
 
 def window_of_result(result: TrainResult) -> int:
@@ -218,4 +272,12 @@ def window_of_result(result: TrainResult) -> int:
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
     "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
     champion = champion_returns(run.models, run.frame, span.rows, run.pair, run.interval)
-    return gate(run.frame, span.rows, span.Q, interval=run.interval, forecast=partial(forecast_returns, result.forecaster), parity=parity, incumbent=champion)
+    return gate(
+        run.frame,
+        span.rows,
+        span.Q,
+        interval=run.interval,
+        forecast=partial(forecast_returns, result.forecaster),
+        parity=parity,
+        incumbent=champion,
+    )

@@ -24,8 +24,18 @@ from ..market.series import Interval, Pair
 
 # %% ../../nbs/08_runs/01_run.ipynb #716d5a01
 EXIT_CODES = {
-    "ok": 0, "refused": 4, "no_data": 3, "settings": 2,
-    "cell_error": 1, "kernel_died": 1, "timeout": 1, "exchange": 1, "inconsistent": 1, "busy": 1, "abandoned": 1, "": 1,
+    "ok": 0,
+    "refused": 4,
+    "no_data": 3,
+    "settings": 2,
+    "cell_error": 1,
+    "kernel_died": 1,
+    "timeout": 1,
+    "exchange": 1,
+    "inconsistent": 1,
+    "busy": 1,
+    "abandoned": 1,
+    "": 1,
 }
 
 
@@ -66,10 +76,19 @@ def find_notebook(name: str = "run_train.ipynb") -> Path:
     for folder in (package.parent / "nbs" / "pages", package / "notebooks"):
         if (folder / name).is_file():
             return folder / name
-    raise SettingsError(f"the notebook {name} is neither in {package.parent / 'nbs' / 'pages'} nor in {package / 'notebooks'}; install the package again")
+    raise SettingsError(
+        f"the notebook {name} is neither in {package.parent / 'nbs' / 'pages'} nor in {package / 'notebooks'}; install the package again"
+    )
 
 # %% ../../nbs/08_runs/01_run.ipynb #2c1bc8f1
-_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "dict": (dict,), "list": (list,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "dict": (dict,),
+    "list": (list,),
+}
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -81,15 +100,23 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, An
             hint = f"did you mean {near[0]}?" if near else "its cell tagged `parameters` is empty or lost its tag"
             raise SettingsError(f"{name} is not a parameter of {notebook.name}; {hint}")
         allowed = _TYPES.get(known[name], (object,))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed and object not in allowed):
-            raise SettingsError(f"{name}={value!r} is {type(value).__name__}, {notebook.name} wants {known[name]}; give it a {known[name]}")
+        if not isinstance(value, allowed) or (
+            isinstance(value, bool) and bool not in allowed and object not in allowed
+        ):
+            raise SettingsError(
+                f"{name}={value!r} is {type(value).__name__}, {notebook.name} wants {known[name]}; give it a {known[name]}"
+            )
     return parameters
 
 
 def notebook_parameters(notebook: Path) -> dict[str, str]:
     "Name -> type of each value in the notebook's cell tagged `parameters`: as annotated, else as its default is."
     cells = json.loads(notebook.read_text())["cells"]
-    tagged = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])]
+    tagged = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
+    ]
     known: dict[str, str] = {}
     for line in ast.parse(tagged[0]).body if tagged else []:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
@@ -114,7 +141,9 @@ class Execution:
 Progress = Callable[[int, int, str], None]  # (cell, of, title)
 
 # %% ../../nbs/08_runs/01_run.ipynb #983ed711
-def run_folder(runs: Path, pair: Pair, interval: Interval, cutoff: pd.Timestamp, recipe_name: str, recipe_hash: str) -> Path:
+def run_folder(
+    runs: Path, pair: Pair, interval: Interval, cutoff: pd.Timestamp, recipe_name: str, recipe_hash: str
+) -> Path:
     "`runs/BTC_USDT/2026-11-23T19`; another interval or recipe than the usual ones is part of the name."
     hourly = str(interval) == "1h"
     extra = ("" if hourly else f"-{interval}") + ("" if not recipe_hash else f"-{recipe_name}-{recipe_hash[:6]}")

@@ -33,7 +33,9 @@ def cell_titles(cells: list[Any]) -> dict[int, tuple[int, str]]:
         if cell.cell_type == "code":
             titles[index] = (len(titles) + 1, heading)
         else:
-            heading = next((line.lstrip("# ").strip() for line in cell.source.splitlines()[::-1] if line.startswith("#")), heading)
+            heading = next(
+                (line.lstrip("# ").strip() for line in cell.source.splitlines()[::-1] if line.startswith("#")), heading
+            )
     return titles
 
 # %% ../../nbs/08_runs/02_runner.ipynb #c098d64a
@@ -46,7 +48,9 @@ def _reporting_engine(report: Callable[..., None]) -> type:
     class ReportingEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> Any:
-            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=60, timeout=None, log=logger)
+            client = PapermillNotebookClient(
+                nb_man, kernel_name=kernel_name, startup_timeout=60, timeout=None, log=logger
+            )
             titles, start, kernels = cell_titles(nb_man.nb.cells), nb_man.cell_start, []
 
             def cell_start(cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
@@ -90,8 +94,14 @@ def execute_child(spec_path: str, warm: bool = False) -> None:
     papermill_engines.register("reporting", _reporting_engine(report))
     try:
         papermill.execute_notebook(
-            spec["notebook"], spec["output"], spec["parameters"], engine_name="reporting",
-            kernel_name="python3", progress_bar=False, autosave_cell_every=5, cwd=str(Path(spec["output"]).parent),
+            spec["notebook"],
+            spec["output"],
+            spec["parameters"],
+            engine_name="reporting",
+            kernel_name="python3",
+            progress_bar=False,
+            autosave_cell_every=5,
+            cwd=str(Path(spec["output"]).parent),
         )
     except papermill.PapermillExecutionError as e:
         report(ename=e.ename, evalue=e.evalue)
@@ -99,8 +109,14 @@ def execute_child(spec_path: str, warm: bool = False) -> None:
 
 # %% ../../nbs/08_runs/02_runner.ipynb #6044bfa2
 def run_notebook(
-    notebook: Path, output: Path, parameters: dict[str, Any], *, deadline: float = 900, threads: int = 1,
-    environment: dict[str, str] | None = None, on_progress: Progress | None = None,
+    notebook: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    *,
+    deadline: float = 900,
+    threads: int = 1,
+    environment: dict[str, str] | None = None,
+    on_progress: Progress | None = None,
 ) -> Execution:
     "Execute into `output` (written as `.part`, renamed only at success; a failure is kept as `.failed.ipynb`); log.txt stands beside it."
     output = output.absolute()
@@ -133,7 +149,9 @@ def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str,
     for server in _FORK_SERVER:
         if (child := server.start(execute_child, str(spec), True, environment=env, log_path=log_file.name)) is not None:
             return child
-    return start_with_parent(execute_child, str(spec), env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+    return start_with_parent(
+        execute_child, str(spec), env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
+    )
 
 
 _FORK_SERVER: list[ForkServer] = []  # at most one; filled by `start_warm`
@@ -180,7 +198,9 @@ def _explain(seen: dict[str, Any], returncode: int | None, deadline: float | Non
     where = f"cell {seen['cell']} of {seen['of']}: {seen['title']}" if "cell" in seen else ""
     at = f"in {where}" if where else "before the first cell"
     if deadline is not None:
-        return Execution("timeout", f"not finished after {deadline:g} s, stopped {at}; raise MUR_DEADLINE or train on less", where)
+        return Execution(
+            "timeout", f"not finished after {deadline:g} s, stopped {at}; raise MUR_DEADLINE or train on less", where
+        )
     if returncode == 0:
         return Execution("ok", "", where)
     if "kernel_died" in seen:
@@ -192,7 +212,9 @@ def _explain(seen: dict[str, Any], returncode: int | None, deadline: float | Non
         reason = seen["evalue"] if seen["ename"] in _OWN_ERRORS else f"{error} ({at})"
         return Execution(_CLASS_OF_ERROR.get(seen["ename"], "cell_error"), reason, where, error)
     how = f"signal {-(returncode or 0)}" if (returncode or 0) < 0 else f"exit status {returncode}"
-    return Execution("kernel_died", f"the notebook's process ended ({how}) {at}; log.txt beside the notebook says more", where)
+    return Execution(
+        "kernel_died", f"the notebook's process ended ({how}) {at}; log.txt beside the notebook says more", where
+    )
 
 # %% ../../nbs/08_runs/02_runner.ipynb #bb08e07e
 def mend_notebook(path: Path, end: Execution) -> None:

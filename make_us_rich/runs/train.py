@@ -19,9 +19,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from make_us_rich.core.settings import (
-    CandleError, MakeUsRichError, Settings, StoreError, log, system_clock, utc_iso,
-)
+from ..core.settings import CandleError, MakeUsRichError, Settings, StoreError, log, system_clock, utc_iso
 from ..core.storage import write_atomic
 from ..core.tables import RunRow
 from ..core.locks import Busy, ledger_locks, pair_lock
@@ -46,7 +44,9 @@ def _only_run(folder: Path, pair: Pair, wait: float, on_wait: Callable[[str], No
         try:
             lock.acquire(timeout=wait)
         except Timeout:
-            message = f"another run of {pair} is {_running_since(folder)} and did not end within {wait:g} s; try again later"
+            message = (
+                f"another run of {pair} is {_running_since(folder)} and did not end within {wait:g} s; try again later"
+            )
             raise MakeUsRichError(message, reason="busy") from None
     try:
         _close_abandoned(folder)
@@ -71,7 +71,10 @@ def _close_abandoned(folder: Path) -> None:
         outcome = Outcome.model_validate_json(outcome_path.read_bytes())
         if outcome.state == "running":
             reason = f"the program that watched this run (started {outcome.started_at}) was killed before the run ended"
-            _write_outcome(outcome_path, outcome.model_copy(update={"state": "abandoned", "exit_class": "abandoned", "reason": reason}))
+            _write_outcome(
+                outcome_path,
+                outcome.model_copy(update={"state": "abandoned", "exit_class": "abandoned", "reason": reason}),
+            )
             log.warning("%s: %s; marked as abandoned", outcome.run_id, reason)
             for part in outcome_path.parent.glob("*.ipynb.part"):
                 mend_notebook(part, Execution("abandoned", reason))
@@ -91,7 +94,9 @@ def published_before(models: ModelStore, outcome: Outcome, folder: Path) -> str:
     champion = models.champion(outcome.pair, outcome.interval)
     interrupted = _earlier_state(folder) != "published"
     if interrupted and bundle.manifest.passed and (champion is None or champion.version[:16] <= bundle.version[:16]):
-        models.promote(outcome.pair, outcome.interval, bundle.version, "adopted: its run was killed before it could promote")
+        models.promote(
+            outcome.pair, outcome.interval, bundle.version, "adopted: its run was killed before it could promote"
+        )
     return bundle.version
 
 
@@ -111,14 +116,25 @@ def judge(end: Execution, result_path: Path, models: ModelStore, outcome: Outcom
     if end.exit_class != "ok" and in_store:
         reason = f"version {version} was published, then: {reason}"
     elif end.exit_class == "ok" and result.get("run_id") != outcome.run_id:
-        exit_class, reason = "inconsistent", "the notebook ended well but left no result; its last cells must publish or refuse"
+        exit_class, reason = (
+            "inconsistent",
+            "the notebook ended well but left no result; its last cells must publish or refuse",
+        )
     elif end.exit_class == "ok" and result["state"] == "refused":
         state, exit_class, reason = "refused", "refused", "; ".join(result["reasons"])
     elif end.exit_class == "ok" and in_store:
         state, reason = "published", result.get("reason", "")
     elif end.exit_class == "ok":
-        exit_class, reason = "inconsistent", f"the notebook says that it published {version}, the model store does not have it"
-    facts = {"cell": end.cell if state == "failed" else "", "error": end.error, "seconds": end.seconds, "version": version if in_store else ""}
+        exit_class, reason = (
+            "inconsistent",
+            f"the notebook says that it published {version}, the model store does not have it",
+        )
+    facts = {
+        "cell": end.cell if state == "failed" else "",
+        "error": end.error,
+        "seconds": end.seconds,
+        "version": version if in_store else "",
+    }
     return outcome.model_copy(update={"state": state, "exit_class": exit_class, "reason": reason, **facts})
 
 
@@ -152,22 +168,39 @@ def run_training(
 
 # %% ../../nbs/08_runs/08_train.ipynb #e6af0e2f
 def _at_cutoff(
-    notebook: Path, chosen: dict[str, Any], what: tuple[Pair, Interval, pd.Timestamp, Recipe], recipe: str, settings: Settings, on_progress: Progress | None
+    notebook: Path,
+    chosen: dict[str, Any],
+    what: tuple[Pair, Interval, pd.Timestamp, Recipe],
+    recipe: str,
+    settings: Settings,
+    on_progress: Progress | None,
 ) -> Outcome:
     "The outcome of a run whose cut-off is known; skipped if it was published before."
     pair, step, cutoff, loaded = what
     usual = loaded.hash == load_recipe("default").hash
     folder = run_folder(settings.runs, pair, step, cutoff, loaded.name, "" if usual else loaded.hash)
     run_id = f"{pair}-{step}-{cutoff:%Y%m%dT%H%M%SZ}-{loaded.hash}"
-    outcome = Outcome(state="running", run_id=run_id, pair=str(pair), interval=str(step), cutoff=utc_iso(cutoff), recipe=loaded.name,
-                      notebook=str(folder / "train.ipynb"), started_at=utc_iso(system_clock()))
+    outcome = Outcome(
+        state="running",
+        run_id=run_id,
+        pair=str(pair),
+        interval=str(step),
+        cutoff=utc_iso(cutoff),
+        recipe=loaded.name,
+        notebook=str(folder / "train.ipynb"),
+        started_at=utc_iso(system_clock()),
+    )
     models = ModelStore(settings.store_url)
     if version := published_before(models, outcome, folder):
         reason = f"already published as {version}; a new version comes with the next closed candle or another recipe"
         return outcome.model_copy(update={"state": "skipped", "exit_class": "ok", "version": version, "reason": reason})
     chosen |= {"pair": str(pair)} if pair != POOLED else {}
     chosen |= {"interval": str(step), "recipe": _absolute(recipe), "cutoff": outcome.cutoff, "run_id": run_id}
-    chosen |= {"home": str(settings.home.absolute()), "models_url": settings.store_url, "exchange_url": settings.exchange_url}
+    chosen |= {
+        "home": str(settings.home.absolute()),
+        "models_url": settings.store_url,
+        "exchange_url": settings.exchange_url,
+    }
     return _execute(notebook, folder, chosen, outcome, models, settings, on_progress)
 
 
@@ -176,16 +209,30 @@ def _absolute(recipe: str) -> str:
 
 
 def _execute(
-    notebook: Path, folder: Path, parameters: dict[str, Any], outcome: Outcome, models: ModelStore, settings: Settings, on_progress: Progress | None
+    notebook: Path,
+    folder: Path,
+    parameters: dict[str, Any],
+    outcome: Outcome,
+    models: ModelStore,
+    settings: Settings,
+    on_progress: Progress | None,
 ) -> Outcome:
     trace, result_path = folder.parent / "running.json", folder / "result.json"
     parameters = check_parameters(notebook, parameters | {"result_path": str(result_path.absolute())})
     result_path.unlink(missing_ok=True)
     _write_outcome(folder / "outcome.json", outcome)
-    write_atomic(trace, json.dumps({"outcome": f"{folder.name}/outcome.json", "started_at": outcome.started_at}).encode())
+    write_atomic(
+        trace, json.dumps({"outcome": f"{folder.name}/outcome.json", "started_at": outcome.started_at}).encode()
+    )
     target = folder / "train.ipynb"
     end = run_notebook(
-        notebook, target, parameters, deadline=settings.deadline, threads=settings.threads, environment=settings.environment(), on_progress=on_progress
+        notebook,
+        target,
+        parameters,
+        deadline=settings.deadline,
+        threads=settings.threads,
+        environment=settings.environment(),
+        on_progress=on_progress,
     )
     outcome = judge(end, result_path, models, outcome)
     if end.exit_class != "ok":
@@ -265,15 +312,30 @@ def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
     folder = Path(row.notebook).parent
     try:
         outcome = Outcome.model_validate_json((folder / "outcome.json").read_bytes())
-        if outcome.run_id == row.run_id and outcome.state not in ("running", "abandoned") and _started_after(outcome, row):
+        if (
+            outcome.run_id == row.run_id
+            and outcome.state not in ("running", "abandoned")
+            and _started_after(outcome, row)
+        ):
             return outcome.state, _facts(outcome)
     except (OSError, ValueError):
         pass
     killed = f"the program that watched this run (started {utc_iso(row.started_at)}) on {row.host.partition('/')[0]} was killed before the run ended"
-    left = Outcome(state="running", run_id=row.run_id, pair=row.pair, interval=row.interval, cutoff=utc_iso(row.cutoff), recipe=row.recipe)
+    left = Outcome(
+        state="running",
+        run_id=row.run_id,
+        pair=row.pair,
+        interval=row.interval,
+        cutoff=utc_iso(row.cutoff),
+        recipe=row.recipe,
+    )
     try:
         if version := published_before(ModelStore(settings.store_url), left, folder):
-            return "published", {"exit_class": "ok", "version": version, "reason": f"{killed}; its version was published and is adopted"}
+            return "published", {
+                "exit_class": "ok",
+                "version": version,
+                "reason": f"{killed}; its version was published and is adopted",
+            }
     except StoreError as e:
         killed += f"; whether it published is not known ({e})"
     return "abandoned", {"exit_class": "abandoned", "reason": killed}
@@ -286,18 +348,29 @@ def _started_after(outcome: "Outcome", row: RunRow) -> bool:
 def _facts(outcome: "Outcome") -> dict[str, Any]:
     "The columns that an outcome fills."
     notebook = {"notebook": str(Path(outcome.notebook).absolute())} if outcome.notebook else {}
-    return {"exit_class": outcome.exit_class, "reason": outcome.reason, "version": outcome.version, "seconds": outcome.seconds} | notebook
+    return {
+        "exit_class": outcome.exit_class,
+        "reason": outcome.reason,
+        "version": outcome.version,
+        "seconds": outcome.seconds,
+    } | notebook
 
 # %% ../../nbs/08_runs/08_train.ipynb #741c9e25
 def _failure(error: Exception) -> tuple[str, str]:
     "Exit class and sentence of an error that came before or around the notebook."
     if isinstance(error, OSError):
         full = error.errno == errno.ENOSPC
-        return ("disk_full", "disk full") if full else ("system", f"{error.strerror or error}: {error.filename or 'no file named'}")
+        return (
+            ("disk_full", "disk full")
+            if full
+            else ("system", f"{error.strerror or error}: {error.filename or 'no file named'}")
+        )
     if not isinstance(error, MakeUsRichError):
         return "system", f"{type(error).__name__}: {error}"
     by_code = {2: "settings", 3: "no_data", 4: "refused"}
-    return by_code.get(error.exit_code, "exchange" if type(error).__name__ == "ExchangeError" else error.reason), str(error)
+    return by_code.get(error.exit_code, "exchange" if type(error).__name__ == "ExchangeError" else error.reason), str(
+        error
+    )
 
 
 def _name_full_disk(outcome: "Outcome") -> "Outcome":
@@ -307,16 +380,29 @@ def _name_full_disk(outcome: "Outcome") -> "Outcome":
     return outcome
 
 # %% ../../nbs/08_runs/08_train.ipynb #8282d268
-def plan_run(pair: str, interval: str, recipe: str, overrides: dict[str, Any], now: pd.Timestamp, settings: Settings) -> Planned:
+def plan_run(
+    pair: str, interval: str, recipe: str, overrides: dict[str, Any], now: pd.Timestamp, settings: Settings
+) -> Planned:
     "The run that is due at exchange time `now`."
     from make_us_rich.runs.run import run_folder
 
     name, step = Pair.parse(pair), Interval.parse(interval)
     loaded, usual = load_recipe(recipe, **overrides), load_recipe("default").hash
     cutoff = step.floor(now)
-    folder = run_folder(settings.runs.absolute(), name, step, cutoff, loaded.name, "" if loaded.hash == usual else loaded.hash)
+    folder = run_folder(
+        settings.runs.absolute(), name, step, cutoff, loaded.name, "" if loaded.hash == usual else loaded.hash
+    )
     run_id = f"{name}-{step}-{cutoff:%Y%m%dT%H%M%SZ}-{loaded.hash}"
-    return Planned(run_id, str(name), str(step), cutoff, loaded.name, loaded.hash, str(folder / "train.ipynb"), str(folder / "log.txt"))
+    return Planned(
+        run_id,
+        str(name),
+        str(step),
+        cutoff,
+        loaded.name,
+        loaded.hash,
+        str(folder / "train.ipynb"),
+        str(folder / "log.txt"),
+    )
 
 
 def run_recorded(
@@ -342,7 +428,14 @@ def run_recorded(
 
     overrides = (parameters or {}).get("overrides", {})
     plan = plan_run(pair, interval, recipe, overrides, now if now is not None else _exchange_now(settings), settings)
-    planned = Outcome(state="running", run_id=plan.run_id, pair=plan.pair, interval=plan.interval, cutoff=utc_iso(plan.cutoff), recipe=plan.recipe)
+    planned = Outcome(
+        state="running",
+        run_id=plan.run_id,
+        pair=plan.pair,
+        interval=plan.interval,
+        cutoff=utc_iso(plan.cutoff),
+        recipe=plan.recipe,
+    )
     longest = (8 if plan.pair == str(POOLED) else 2) * settings.deadline + 60
     with ExitStack() as turn:
         late = "" if locked else _wait_for_turn(turn, plan, ledger, settings, options.get("on_wait", log.warning))
@@ -362,15 +455,26 @@ def run_recorded(
         try:
             if late:
                 raise Busy(late)
-            outcome = (run or run_training)(plan.pair, settings=settings, interval=interval, recipe=recipe, parameters=parameters, **options)
+            outcome = (run or run_training)(
+                plan.pair, settings=settings, interval=interval, recipe=recipe, parameters=parameters, **options
+            )
         except Exception as e:  # whatever it is, the row must not stay open
             exit_class, reason = _failure(e)
             log.debug("%s", plan.run_id, exc_info=True)
-            outcome = planned.model_copy(update={"state": "failed", "exit_class": exit_class, "reason": reason, "seconds": round(time.monotonic() - started, 1)})
+            outcome = planned.model_copy(
+                update={
+                    "state": "failed",
+                    "exit_class": exit_class,
+                    "reason": reason,
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+            )
         return _account(ledger, plan, _name_full_disk(outcome), attempt, pause)
 
 
-def _wait_for_turn(turn: ExitStack, plan: Planned, ledger: RunLedger, settings: Settings, on_wait: Callable[[str], None]) -> str:
+def _wait_for_turn(
+    turn: ExitStack, plan: Planned, ledger: RunLedger, settings: Settings, on_wait: Callable[[str], None]
+) -> str:
     "Take the lock of the pair for as long as `turn` lasts; a sentence if it cannot be had. Not waited for: somebody who is at the same run."
     locks, names = ledger_locks(settings), [pair_lock(plan.pair, plan.interval)]
     try:
@@ -390,7 +494,9 @@ def _wait_for_turn(turn: ExitStack, plan: Planned, ledger: RunLedger, settings: 
 def _is_lost(row: RunRow, settings: Settings) -> bool:
     from make_us_rich.registry.store import ModelReader
 
-    return row.state == "published" and ModelReader(settings.store_url).of_run(row.pair, row.interval, row.run_id) is None
+    return (
+        row.state == "published" and ModelReader(settings.store_url).of_run(row.pair, row.interval, row.run_id) is None
+    )
 
 # %% ../../nbs/08_runs/08_train.ipynb #b5bfb7f1
 def _account(ledger: RunLedger, plan: Planned, outcome: "Outcome", attempt: int, pause: float) -> "Outcome":
@@ -405,9 +511,29 @@ def _account(ledger: RunLedger, plan: Planned, outcome: "Outcome", attempt: int,
     skipped = f"a newer candle closed while this run waited for its turn; see {outcome.run_id}"
     if not newer:
         skipped = f"the exchange has no closed candle after {outcome.cutoff} yet; see {outcome.run_id}"
-    _patiently(lambda: ledger.finish(plan.run_id, "skipped", exit_class="ok", reason=skipped, version="", seconds=outcome.seconds, notebook="", log=""))
+    _patiently(
+        lambda: ledger.finish(
+            plan.run_id,
+            "skipped",
+            exit_class="ok",
+            reason=skipped,
+            version="",
+            seconds=outcome.seconds,
+            notebook="",
+            log="",
+        )
+    )
     made = str(Path(outcome.notebook).absolute().parent / "log.txt") if outcome.notebook else ""
-    other = Planned(outcome.run_id, plan.pair, plan.interval, pd.Timestamp(outcome.cutoff), plan.recipe, plan.recipe_hash, outcome.notebook, made)
+    other = Planned(
+        outcome.run_id,
+        plan.pair,
+        plan.interval,
+        pd.Timestamp(outcome.cutoff),
+        plan.recipe,
+        plan.recipe_hash,
+        outcome.notebook,
+        made,
+    )
     if _patiently(lambda: ledger.begin(other)) is not None:
         _patiently(lambda: ledger.finish(other.run_id, state, retry_at=None if newer else retry_at, **facts))
     return outcome
@@ -420,17 +546,31 @@ def _patiently(write: Callable[[], Any], seconds: float = 20) -> Any:
             return write()
         except StoreError as e:
             if time.monotonic() > until:
-                log.error("the run ledger cannot be written: %s; the outcome is in the folder of the run and will be taken over from there", e)
+                log.error(
+                    "the run ledger cannot be written: %s; the outcome is in the folder of the run and will be taken over from there",
+                    e,
+                )
                 return None
             time.sleep(1)
 
 
 def _why_nothing_to_do(row: RunRow) -> dict[str, Any]:
     if row.state == "running":
-        return {"state": "skipped", "exit_class": "ok", "reason": f"this run is under way on {row.host} since {utc_iso(row.started_at)}"}
-    reason = f"nothing to do: no closed candle after {utc_iso(row.cutoff)} and the same recipe; that run was {row.state}"
+        return {
+            "state": "skipped",
+            "exit_class": "ok",
+            "reason": f"this run is under way on {row.host} since {utc_iso(row.started_at)}",
+        }
+    reason = (
+        f"nothing to do: no closed candle after {utc_iso(row.cutoff)} and the same recipe; that run was {row.state}"
+    )
     reason += f" ({row.exit_class}: {row.reason})" if row.state == "failed" else ""
-    return {"state": "skipped", "exit_class": "ok", "version": row.version, "reason": reason + (f" as {row.version}" if row.version else "")}
+    return {
+        "state": "skipped",
+        "exit_class": "ok",
+        "version": row.version,
+        "reason": reason + (f" as {row.version}" if row.version else ""),
+    }
 
 
 def _exchange_now(settings: Settings) -> pd.Timestamp:

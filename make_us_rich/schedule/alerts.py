@@ -70,12 +70,16 @@ def open_services(urls: str) -> dict[str, Any]:
         try:
             import apprise
         except ModuleNotFoundError:
-            raise SettingsError("MUR_ALERT_URLS is set, but apprise is not installed; run: pip install 'make_us_rich[schedule]'") from None
+            raise SettingsError(
+                "MUR_ALERT_URLS is set, but apprise is not installed; run: pip install 'make_us_rich[schedule]'"
+            ) from None
         found = {}
         for number, url in enumerate(urls.replace(",", " ").split(), 1):
             service = apprise.Apprise.instantiate(url)
             if service is None:
-                raise SettingsError(f"address {number} of MUR_ALERT_URLS is none that apprise knows; see https://appriseit.com/services/")
+                raise SettingsError(
+                    f"address {number} of MUR_ALERT_URLS is none that apprise knows; see https://appriseit.com/services/"
+                )
             found[url] = service
     return found
 
@@ -102,7 +106,9 @@ def send_messages(url: str, messages: list[dict[str, str]]) -> int:
     "Send messages (title, text, kind) to one address from a process of its own; how many of them went."
     order, limit = json.dumps({"url": url, "messages": messages}), 60 + 10 * len(messages)
     try:
-        done = subprocess.run([sys.executable, "-c", _SENDER], input=order, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            [sys.executable, "-c", _SENDER], input=order, capture_output=True, text=True, timeout=limit
+        )
         return int((done.stdout.split() or ["0"])[-1])
     except (subprocess.SubprocessError, OSError, ValueError):
         return 0
@@ -137,7 +143,9 @@ def read_state(path: Path) -> tuple[dict[str, Opened], list[Message]]:
     "Open conditions and waiting messages; a damaged file counts as empty, and is said in the log."
     try:
         state = json.loads(path.read_bytes())
-        return {key: Opened(**each) for key, each in state["open"].items()}, [Message(**each) for each in state["waiting"]]
+        return {key: Opened(**each) for key, each in state["open"].items()}, [
+            Message(**each) for each in state["waiting"]
+        ]
     except FileNotFoundError:
         return {}, []
     except (ValueError, KeyError, TypeError):
@@ -162,7 +170,9 @@ class Alerts:
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        return f"Alerts(to {len(self._urls)} addresses; {len(self.open)} open, {len(self.waiting)} waiting for delivery)"
+        return (
+            f"Alerts(to {len(self._urls)} addresses; {len(self.open)} open, {len(self.waiting)} waiting for delivery)"
+        )
 
     def update(self, rule: str, found: Iterable[Condition], deliver: bool = True) -> None:
         "Tell what `rule` finds new, and what it finds no more (`deliver` later, if there are more rules to come)."
@@ -177,7 +187,11 @@ class Alerts:
                 self._post(each.title, each.text, "warning")
             for key in sorted(mine - now_wrong.keys()):
                 over = self.open.pop(key)
-                self._post(f"over: {over.title}", f"It lasted from {over.since} to {utc_iso(self.clock())}. It was: {over.text}", "success")
+                self._post(
+                    f"over: {over.title}",
+                    f"It lasted from {over.since} to {utc_iso(self.clock())}. It was: {over.text}",
+                    "success",
+                )
             if now_wrong.keys() != mine:
                 self._keep()
         if deliver:
@@ -187,7 +201,9 @@ class Alerts:
         try:
             write_state(self.path, self.open, self.waiting)
         except OSError as e:  # a full disk is what some alert is about: it must go out all the same
-            log.warning("%s cannot be written (%s); after a restart alerts may be told a second time", self.path, e.strerror)
+            log.warning(
+                "%s cannot be written (%s); after a restart alerts may be told a second time", self.path, e.strerror
+            )
 
     def _post(self, title: str, text: str, kind: str) -> None:
         (log.warning if kind == "warning" else log.info)("alert: %s: %s", title, text)
@@ -217,14 +233,18 @@ def _deliver_to(alerts: Alerts, number: int, mark: str, messages: list[Message])
         return
     pause = min(max(30.0, 2 * alerts._pause.get(mark, (0, 0))[1]), LONGEST_PAUSE)
     alerts._pause[mark] = (time.monotonic() + pause, pause)
-    log.warning("an alert could not be delivered to address %d of MUR_ALERT_URLS; trying again in %.0f s", number, pause)
+    log.warning(
+        "an alert could not be delivered to address %d of MUR_ALERT_URLS; trying again in %.0f s", number, pause
+    )
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #b6349c99
 def send_test(urls: str) -> list[tuple[str, bool]]:
     "Send a test message to every address; (name of the service, did it accept)."
     services = open_services(urls)
     if not services:
-        raise SettingsError("MUR_ALERT_URLS is empty, so nobody would be told; set it, for example to tgram://TOKEN/CHAT or mailto://...")
+        raise SettingsError(
+            "MUR_ALERT_URLS is empty, so nobody would be told; set it, for example to tgram://TOKEN/CHAT or mailto://..."
+        )
     text = "This is a test. Troubles will arrive here once each, and once more when they are over."
     message = {"title": "test", "text": text, "kind": "info"}
     return [(str(service.service_name), send_messages(url, [message]) == 1) for url, service in services.items()]
@@ -238,7 +258,9 @@ def beat(url: str, well: bool = True, timeout: float = 5.0) -> bool:
         try:
             import httpx
 
-            return httpx.get(url if well else url.rstrip("/") + "/fail", timeout=timeout, follow_redirects=True).is_success
+            return httpx.get(
+                url if well else url.rstrip("/") + "/fail", timeout=timeout, follow_redirects=True
+            ).is_success
         except Exception:  # the text of any of them may hold the address
             return False
 
@@ -260,7 +282,12 @@ class Watched:
 
 
 def _newest_runs(s: Session, each: Watched, limit: int, states: Sequence[str]) -> list[RunRow]:
-    mine = select(RunRow).where(RunRow.pair == each.pair, RunRow.interval == each.interval, RunRow.recipe == each.recipe, RunRow.state.in_(states))
+    mine = select(RunRow).where(
+        RunRow.pair == each.pair,
+        RunRow.interval == each.interval,
+        RunRow.recipe == each.recipe,
+        RunRow.state.in_(states),
+    )
     return list(s.scalars(mine.order_by(RunRow.cutoff.desc(), RunRow.id.desc()).limit(limit)))
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #9b493d65
@@ -273,7 +300,9 @@ def failed_runs(s: Session, watched: Iterable[Watched]) -> list[Condition]:
             row = newest[0]
             where = f" See {row.notebook}." if row.notebook else ""
             text = f"{row.reason}. Cut-off {utc_iso(row.cutoff)}, {row.attempts} {'try' if row.attempts == 1 else 'tries'} on {row.host.partition('/')[0]}.{where}"
-            found.append(Condition(f"run/{each.name}", f"{each.pair}: the run with recipe {each.recipe} {row.state}", text))
+            found.append(
+                Condition(f"run/{each.name}", f"{each.pair}: the run with recipe {each.recipe} {row.state}", text)
+            )
     return found
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #2d211101
@@ -287,7 +316,9 @@ def refused_runs(s: Session, watched: Iterable[Watched], times: int = REFUSALS) 
         newest = _newest_runs(s, each, times, ("published", "refused"))
         if len(newest) == times and all(row.state == "refused" for row in newest):
             text = f"The champion keeps serving and grows old. The last reason: {newest[0].reason}"
-            found.append(Condition(f"refused/{each.name}", f"{each.pair}: the gate refused {times} candidates in a row", text))
+            found.append(
+                Condition(f"refused/{each.name}", f"{each.pair}: the gate refused {times} candidates in a row", text)
+            )
     return found
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #7c370d2a
@@ -300,7 +331,9 @@ def demoted_champions(s: Session, watched: Iterable[Watched]) -> list[Condition]
         published = _newest_runs(s, each, 1, ("published",))
         if last is not None and not (published and (published[0].finished_at or published[0].started_at) > last.at):
             text = f"{last.reason}. {last.from_version or 'The champion'} was replaced by {last.to_version or 'no model'} at {utc_iso(last.at)}."
-            found[f"demoted/{each.pair}/{each.interval}"] = Condition(f"demoted/{each.pair}/{each.interval}", f"{each.pair}: champion demoted", text)
+            found[f"demoted/{each.pair}/{each.interval}"] = Condition(
+                f"demoted/{each.pair}/{each.interval}", f"{each.pair}: champion demoted", text
+            )
     return list(found.values())
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #217f1e39
@@ -314,32 +347,48 @@ def silent_runs(s: Session, watched: Iterable[Watched], now: pd.Timestamp) -> li
         newest = _newest_runs(s, each, 1, ("published", "refused"))
         last = max(newest[0].cutoff if newest else each.since, each.since)
         if now - last > PATIENCE * each.every + pd.Timedelta("5min"):
-            what = f"the last one knows the candles up to {utc_iso(newest[0].cutoff)}" if newest else "there never was one"
+            what = (
+                f"the last one knows the candles up to {utc_iso(newest[0].cutoff)}" if newest else "there never was one"
+            )
             title = f"{each.pair}: no training with recipe {each.recipe} was completed for {_duration(now - last)}"
-            found.append(Condition(f"retrain/{each.name}", title, f"One is expected every {_duration(each.every)}; {what}. See `mkrich runs {each.pair}`."))
+            found.append(
+                Condition(
+                    f"retrain/{each.name}",
+                    title,
+                    f"One is expected every {_duration(each.every)}; {what}. See `mkrich runs {each.pair}`.",
+                )
+            )
     return found
 
 
 def _duration(time: pd.Timedelta) -> str:
     minutes = int(time.total_seconds() // 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} days"
+    return (
+        f"{minutes} min" if minutes < 120 else f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} days"
+    )
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #3129ff33
 def silent_forecasts(s: Session, watched: Iterable[Watched], now: pd.Timestamp) -> list[Condition]:
     "Rule `forecast`: no forecast was issued, or only abstentions, for three candles. Rule of absence: pairs that never had one are left out."
     found = {}
     for each in watched:
-        mine = select(ForecastRow.target_open, ForecastRow.status, ForecastRow.reason).where(ForecastRow.pair == each.pair, ForecastRow.interval == each.interval)
+        mine = select(ForecastRow.target_open, ForecastRow.status, ForecastRow.reason).where(
+            ForecastRow.pair == each.pair, ForecastRow.interval == each.interval
+        )
         newest = s.execute(mine.order_by(ForecastRow.target_open.desc()).limit(PATIENCE)).all()
         if not newest:
             continue
         key, step = f"forecast/{each.pair}/{each.interval}", pd.Timedelta(each.interval)
         if now - newest[0].target_open > PATIENCE * step:
             text = f"The last one was for the candle that opened at {utc_iso(newest[0].target_open)}. Is `mkrich serve` running?"
-            found[key] = Condition(key, f"{each.pair}: no forecast was made for {_duration(now - newest[0].target_open)}", text)
+            found[key] = Condition(
+                key, f"{each.pair}: no forecast was made for {_duration(now - newest[0].target_open)}", text
+            )
         elif len(newest) == PATIENCE and all(row.status == "abstain" for row in newest):
             text = f"The reason: {newest[0].reason}. Forecasts come back by themselves when it is gone."
-            found[key] = Condition(key, f"{each.pair}: no numbers for the last {PATIENCE} candles ({newest[0].reason})", text)
+            found[key] = Condition(
+                key, f"{each.pair}: no numbers for the last {PATIENCE} candles ({newest[0].reason})", text
+            )
     return list(found.values())
 
 
@@ -348,8 +397,16 @@ def silent_settlements(s: Session, watched: Iterable[Watched], now: pd.Timestamp
     found = {}
     for each in watched:
         late, old = now - PATIENCE * pd.Timedelta(each.interval), now - pd.Timedelta("7D")
-        mine = (ForecastRow.pair == each.pair, ForecastRow.interval == each.interval, ForecastRow.status == "ok", ForecastRow.settled_at.is_(None))
-        count = s.scalar(select(func.count()).where(*mine, ForecastRow.target_close < late, ForecastRow.target_close > old)) or 0
+        mine = (
+            ForecastRow.pair == each.pair,
+            ForecastRow.interval == each.interval,
+            ForecastRow.status == "ok",
+            ForecastRow.settled_at.is_(None),
+        )
+        count = (
+            s.scalar(select(func.count()).where(*mine, ForecastRow.target_close < late, ForecastRow.target_close > old))
+            or 0
+        )
         if count:
             key = f"settle/{each.pair}/{each.interval}"
             text = "Their candles have closed long ago, so the shown record is not complete. Is `mkrich serve` running, does the exchange answer?"
@@ -370,7 +427,9 @@ def low_disk(folders: Iterable[Path], least: int = 1 << 30) -> list[Condition]:
     return list(found.values())
 
 
-def exchange_away(since: pd.Timestamp | None, now: pd.Timestamp, why: str = "", patience: str = "10min") -> list[Condition] | None:
+def exchange_away(
+    since: pd.Timestamp | None, now: pd.Timestamp, why: str = "", patience: str = "10min"
+) -> list[Condition] | None:
     "Rule `exchange`: it has not answered since then, for longer than `patience`; None (do not know yet) in between."
     if since is None:
         return []

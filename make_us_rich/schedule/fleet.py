@@ -34,14 +34,26 @@ from .plan import MINUTES_AFTER_CLOSE, Entry, Plan, next_due, recipe_name
 from .workers import ORDERS
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #e2871b78
-def fleet_run(entry: Entry, settings: Settings, pairs: list[str] | None = None, ticket: str = "", **rehearsal: Any) -> dict[str, Any]:
+def fleet_run(
+    entry: Entry, settings: Settings, pairs: list[str] | None = None, ticket: str = "", **rehearsal: Any
+) -> dict[str, Any]:
     "Run one entry, alone in the whole fleet; its outcome. `pairs`: those that feed the pooled network; `ticket`: the engine's name of this run."
     locks, ledger = ledger_locks(settings), RunLedger(connect(settings.db_url))
     names = ([f"ticket/{ticket}"] if ticket else []) + [pair_lock(entry.pair, entry.interval)]
     with locks.hold(names, wait=settings.deadline):
         close_lost(ledger, settings, {(entry.pair, entry.interval)})
-        client, feed = BinanceClient(settings.exchange_url), (pairs or []) if entry.pair == str(POOLED) else [entry.pair]
-        order: dict[str, Any] = {"entry": entry.model_dump(), "pairs": pairs or [], "notebook": "", "runner": "", "pause": 30.0, "locked": True} | rehearsal
+        client, feed = (
+            BinanceClient(settings.exchange_url),
+            (pairs or []) if entry.pair == str(POOLED) else [entry.pair],
+        )
+        order: dict[str, Any] = {
+            "entry": entry.model_dump(),
+            "pairs": pairs or [],
+            "notebook": "",
+            "runner": "",
+            "pause": 30.0,
+            "locked": True,
+        } | rehearsal
         try:
             order["now"], mirror = client.now(), _mirror(settings)
             for pair in feed if mirror else []:
@@ -125,15 +137,21 @@ def deployments(plan: Plan, pool: str, limit: int | None, sweep: float) -> dict[
     pairs = sorted({e.pair for e in plan.entries.values() if e.interval == "1h"})
     items = [
         {
-            "flow": "train", "name": key.replace("/", "."), "parameters": {"key": key, "entry": entry.model_dump(), "pairs": pairs},
-            "schedules": [moments(entry)], "description": f"Retrain {entry.pair} ({entry.interval}) with recipe {recipe_name(entry.recipe)}.",
+            "flow": "train",
+            "name": key.replace("/", "."),
+            "parameters": {"key": key, "entry": entry.model_dump(), "pairs": pairs},
+            "schedules": [moments(entry)],
+            "description": f"Retrain {entry.pair} ({entry.interval}) with recipe {recipe_name(entry.recipe)}.",
         }
         for key, entry in plan.all_entries.items()
     ]
     items.append(
         {
-            "flow": "sweep", "name": "sweep", "parameters": {"pairs": entries, "pretrain": plan.pretrain, "grace": max(sweep / 2, 15)},
-            "schedules": [{"every": sweep, "offset": 0}], "description": "Start what the run ledger misses; close what dead hosts left.",
+            "flow": "sweep",
+            "name": "sweep",
+            "parameters": {"pairs": entries, "pretrain": plan.pretrain, "grace": max(sweep / 2, 15)},
+            "schedules": [{"every": sweep, "offset": 0}],
+            "description": "Start what the run ledger misses; close what dead hosts left.",
         }
     )
     return {"pool": pool, "limit": limit, "deployments": items}
@@ -142,7 +160,11 @@ def deployments(plan: Plan, pool: str, limit: int | None, sweep: float) -> dict[
 ENGINE = Path(str(files("make_us_rich.schedule"))) / "engine"
 
 
-QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLI_PROMPT": "false"}  # Prefect reports home unless told not to
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_CLI_PROMPT": "false",
+}  # Prefect reports home unless told not to
 
 
 def find_prefect(folder: Path | None = None) -> Path:
@@ -158,9 +180,21 @@ def engine_environment(settings: Settings, server: str) -> dict[str, str]:
     "The environment of Prefect's processes: where the server is, where everything of ours is; no reports to its makers."
     program = Path(sys.executable).with_name("mkrich")
     (settings.home / "prefect").mkdir(parents=True, exist_ok=True)
-    ours = settings.environment() | {"MUR_HOME": str(settings.home.absolute()), "MUR_RUNS": str(settings.runs.absolute())}
-    ours |= {"MUR_MODELS_URL": settings.store_url, "MUR_DATABASE_URL": settings.db_url, "MUR_ALERT_URLS": settings.alert_urls}
-    theirs = {"PREFECT_API_URL": server, "PREFECT_HOME": str(settings.home.absolute() / "prefect"), "PYTHONPATH": str(ENGINE), "MKRICH": str(program)}
+    ours = settings.environment() | {
+        "MUR_HOME": str(settings.home.absolute()),
+        "MUR_RUNS": str(settings.runs.absolute()),
+    }
+    ours |= {
+        "MUR_MODELS_URL": settings.store_url,
+        "MUR_DATABASE_URL": settings.db_url,
+        "MUR_ALERT_URLS": settings.alert_urls,
+    }
+    theirs = {
+        "PREFECT_API_URL": server,
+        "PREFECT_HOME": str(settings.home.absolute() / "prefect"),
+        "PYTHONPATH": str(ENGINE),
+        "MKRICH": str(program),
+    }
     kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONHOME", "MPLBACKEND", "IN_TEST")}
     return kept | ours | theirs | QUIET
 
@@ -183,10 +217,20 @@ def check_server(server: str) -> str:
 
 def register(told: dict[str, Any], python: Path, environment: dict[str, str]) -> dict[str, Any]:
     "Bring the server in step with `deployments(...)`; the names of what is there now and of what was removed."
-    done = subprocess.run([python, ENGINE / "mkrich_register.py"], input=json.dumps(told), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, ENGINE / "mkrich_register.py"],
+        input=json.dumps(told),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no text"])[-1]
-        raise MakeUsRichError(f"the deployments could not be registered at {environment['PREFECT_API_URL']}: {last}; nothing else was changed", "engine")
+        raise MakeUsRichError(
+            f"the deployments could not be registered at {environment['PREFECT_API_URL']}: {last}; nothing else was changed",
+            "engine",
+        )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #ef19f7b6
@@ -194,9 +238,15 @@ def warn_of_one_host(settings: Settings) -> list[str]:
     "What is not shared yet, so that workers on more than one host would not see each other's work."
     found = []
     if not ledger_locks(settings).is_server:
-        found.append("the run ledger is a SQLite file of this host; for more hosts set MUR_DATABASE_URL to a PostgreSQL database")
+        found.append(
+            "the run ledger is a SQLite file of this host; for more hosts set MUR_DATABASE_URL to a PostgreSQL database"
+        )
     if settings.store_url.startswith("file:"):
-        found.append("models go to a folder of this host; for more hosts set MUR_MODELS_URL, for example to s3://mur/models")
+        found.append(
+            "models go to a folder of this host; for more hosts set MUR_MODELS_URL, for example to s3://mur/models"
+        )
     if not settings.candles_url:
-        found.append("each host fetches its own candles; to fetch each one once set MUR_CANDLES_URL, for example to s3://mur/candles")
+        found.append(
+            "each host fetches its own candles; to fetch each one once set MUR_CANDLES_URL, for example to s3://mur/candles"
+        )
     return found

@@ -45,7 +45,9 @@ class Entry(BaseModel):
     pair: str
     interval: str = "1h"
     recipe: str = "finetune"
-    minutes: float | None = Field(default=None, ge=0, description="minutes after each close; 2 if neither this nor cron is given")
+    minutes: float | None = Field(
+        default=None, ge=0, description="minutes after each close; 2 if neither this nor cron is given"
+    )
     cron: str | None = None
     history_days: int | None = Field(default=None, ge=1)
     overrides: dict[str, Any] = {}
@@ -80,7 +82,9 @@ def read_cron(text: str) -> CronTrigger:
         fields[4] = re.sub(r"(?<![/\w])[0-7](?!\w)", lambda m: _DAYS[int(m[0])], fields[4])
         return CronTrigger.from_crontab(" ".join(fields), timezone=UTC)
     except ValueError as e:
-        raise SettingsError(f"the cron line {text!r} cannot be read ({e}); write minute, hour, day, month and weekday, such as '10 */6 * * *'") from None
+        raise SettingsError(
+            f"the cron line {text!r} cannot be read ({e}); write minute, hour, day, month and weekday, such as '10 */6 * * *'"
+        ) from None
 
 
 def next_due(entry: Entry, after: pd.Timestamp) -> pd.Timestamp:
@@ -88,7 +92,10 @@ def next_due(entry: Entry, after: pd.Timestamp) -> pd.Timestamp:
     if entry.cron is not None:
         due = read_cron(entry.cron).get_next_fire_time(None, (after + pd.Timedelta("1us")).to_pydatetime(warn=False))
         return pd.Timestamp(due) if due is not None else pd.Timestamp.max.tz_localize("UTC").floor("s")
-    step, late = Interval.parse(entry.interval), pd.Timedelta(minutes=MINUTES_AFTER_CLOSE if entry.minutes is None else entry.minutes)
+    step, late = (
+        Interval.parse(entry.interval),
+        pd.Timedelta(minutes=MINUTES_AFTER_CLOSE if entry.minutes is None else entry.minutes),
+    )
     return step.floor(after - late) + step.delta + late
 
 # %% ../../nbs/09_schedule/01_plan.ipynb #783fa2c0
@@ -112,10 +119,14 @@ def read_plan(text: str) -> Plan:
         found = yaml.safe_load(text)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        raise SettingsError(f"the list of pairs is not YAML (line {mark.line + 1 if mark else '?'}); see the example in `mkrich schedule --help`") from None
+        raise SettingsError(
+            f"the list of pairs is not YAML (line {mark.line + 1 if mark else '?'}); see the example in `mkrich schedule --help`"
+        ) from None
     found = {"pairs": found} if isinstance(found, list) else found
     if not isinstance(found, dict) or not isinstance(found.get("pairs"), list) or not found["pairs"]:
-        raise SettingsError("the list of pairs is empty; write `pairs:` and below it one pair a line, such as `- BTC_USDT`")
+        raise SettingsError(
+            "the list of pairs is empty; write `pairs:` and below it one pair a line, such as `- BTC_USDT`"
+        )
     for name in found.keys() - {"pairs", "pretrain"}:
         raise SettingsError(f"the list of pairs has an unknown word {name!r}; it knows pairs and pretrain")
     entries: dict[str, Entry] = {}
@@ -159,7 +170,9 @@ class PlanFile:
     def __init__(self, path: Path) -> None:
         self.path, self.problem = path, ""
         if not path.is_file():
-            raise SettingsError(f"there is no list of pairs at {path}; write one (`- BTC_USDT` is enough) or give the pairs on the command line")
+            raise SettingsError(
+                f"there is no list of pairs at {path}; write one (`- BTC_USDT` is enough) or give the pairs on the command line"
+            )
         self._seen = self._state()
         self.plan = read_plan(path.read_text())
 

@@ -29,11 +29,17 @@ from ..core.database import connect, session
 from ..market.series import POOLED
 from ..market.clock import ExchangeTime
 from make_us_rich.schedule.plan import (
-    TIDY_CRON, Entry, ExchangeTrigger, Plan, PlanFile, how_often, is_due, next_due, recipe_name,
+    TIDY_CRON,
+    Entry,
+    ExchangeTrigger,
+    Plan,
+    PlanFile,
+    how_often,
+    is_due,
+    next_due,
+    recipe_name,
 )
-from make_us_rich.schedule.alerts import (
-    Alerts, Condition, Watched, beat, database_conditions, exchange_away, low_disk,
-)
+from .alerts import Alerts, Condition, Watched, beat, database_conditions, exchange_away, low_disk
 from .workers import Crew
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #86af7631
@@ -60,7 +66,9 @@ class Watch:
                 rules |= database_conditions(s, watched, now)
             rules["database"] = []
         except (StoreError, SettingsError) as e:
-            rules["database"] = [Condition("database/away", "the database cannot be used", f"{e}. Nothing is recorded meanwhile.")]
+            rules["database"] = [
+                Condition("database/away", "the database cannot be used", f"{e}. Nothing is recorded meanwhile.")
+            ]
         for rule, found in rules.items():
             if found is not None:
                 self.alerts.update(rule, found, deliver=False)
@@ -77,7 +85,11 @@ class Watch:
 
     def newest(self, entry: Entry) -> RunRow | None:
         "The newest row of an entry in the ledger."
-        mine = (RunRow.pair == entry.pair, RunRow.interval == entry.interval, RunRow.recipe == recipe_name(entry.recipe))
+        mine = (
+            RunRow.pair == entry.pair,
+            RunRow.interval == entry.interval,
+            RunRow.recipe == recipe_name(entry.recipe),
+        )
         with session(self.engine) as s:
             return s.scalars(select(RunRow).where(*mine).order_by(RunRow.cutoff.desc()).limit(1)).first()
 
@@ -122,7 +134,10 @@ def take_in(slot: Slot, answer: dict[str, Any], pause: float) -> float | None:
         slot.state, slot.note, slot.problem = "failed", answer["error"], answer["error"]
         return pause if answer["again"] else None
     slot.problem = ""
-    outcome = answer.get("outcome", {"state": "skipped" if "skipped" in answer else "done", "version": "", "reason": answer.get("skipped", "")})
+    outcome = answer.get(
+        "outcome",
+        {"state": "skipped" if "skipped" in answer else "done", "version": "", "reason": answer.get("skipped", "")},
+    )
     slot.state, slot.note = outcome["state"], outcome["reason"] or outcome["version"]
     slot.answers = [*slot.answers[-9:], outcome]
     return answer.get("retry_in")
@@ -135,7 +150,9 @@ class Schedule:
         self.settings, self.options = settings, options or Options()
         self.file = plan if isinstance(plan, PlanFile) else None
         self.clock = ExchangeTime(settings.exchange_url, self.options.speed)
-        self.watch = Watch(settings, Alerts(self.options.alert_urls, settings.home / "alerts.json"), self.options.heartbeat_url)
+        self.watch = Watch(
+            settings, Alerts(self.options.alert_urls, settings.home / "alerts.json"), self.options.heartbeat_url
+        )
         self._plan = plan if isinstance(plan, Plan) else Plan({})
         self.slots: dict[str, Slot] = {}
         self.since = system_clock()
@@ -143,8 +160,16 @@ class Schedule:
         self._lock = FileLock(settings.home / "schedule.lock")
         self._timers: dict[str, threading.Timer] = {}
         self._stopped = threading.Event()
-        self.jobs = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
-        self.crew = Crew(self.options.jobs, lambda key: make_order(self, key), self._done, 2 * settings.deadline + 300, settings.runs / "worker.log")
+        self.jobs = BackgroundScheduler(
+            timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+        )
+        self.crew = Crew(
+            self.options.jobs,
+            lambda key: make_order(self, key),
+            self._done,
+            2 * settings.deadline + 300,
+            settings.runs / "worker.log",
+        )
 
     def __repr__(self) -> str:
         return f"Schedule({', '.join(self.plan.entries)}; {self.options.jobs} at once)"
@@ -163,7 +188,12 @@ class Schedule:
         if key == "migrate" and "revision" in answer and not self._ready:
             self._ready = True
             catch_up(self)
-        if wait is not None and not answer["once_more"] and not self._stopping and (key in self.plan.all_entries or key == "migrate"):
+        if (
+            wait is not None
+            and not answer["once_more"]
+            and not self._stopping
+            and (key in self.plan.all_entries or key == "migrate")
+        ):
             self._later(key, slot, wait)
         return bool(answer["once_more"])
 
@@ -180,16 +210,23 @@ class Schedule:
         if key in self.plan.all_entries or key in ("migrate", "tidy"):
             self.slots.setdefault(key, Slot()).retry_at = 0.0
             if not self.crew.ask(key) and key in self.crew.once_more:
-                log.warning("%s is due, and its last run is still under way; it follows at once, for the newest candle", key)
+                log.warning(
+                    "%s is due, and its last run is still under way; it follows at once, for the newest candle", key
+                )
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #fdbdf450
 def make_order(schedule: Schedule, key: str) -> dict[str, Any]:
     "What a worker is told for a key, with the time of this moment."
-    order: dict[str, Any] = {"settings": schedule.settings.model_dump(mode="json"), "now": schedule.clock.now().isoformat()}
+    order: dict[str, Any] = {
+        "settings": schedule.settings.model_dump(mode="json"),
+        "now": schedule.clock.now().isoformat(),
+    }
     if key in ("migrate", "tidy"):
         return order | {"do": key}
     more: dict[str, Any] = {"pairs": sorted({e.pair for e in schedule.plan.entries.values() if e.interval == "1h"})}
-    more |= {"longest": 8 * schedule.settings.deadline + 300} if schedule.plan.all_entries[key].pair == str(POOLED) else {}
+    more |= (
+        {"longest": 8 * schedule.settings.deadline + 300} if schedule.plan.all_entries[key].pair == str(POOLED) else {}
+    )
     more |= {"notebook": schedule.options.notebook, "runner": schedule.options.runner, "pause": schedule.options.pause}
     return order | {"do": "train", "entry": schedule.plan.all_entries[key].model_dump()} | more
 
@@ -206,7 +243,10 @@ def catch_up(schedule: Schedule) -> None:
         if is_due(entry, newest, now):
             schedule.consider(key)
         elif newest is not None:
-            schedule.slots[key] = Slot(f"no closed candle after {utc_iso(newest.cutoff)} asks for a run; that one was {newest.state}", "skipped")
+            schedule.slots[key] = Slot(
+                f"no closed candle after {utc_iso(newest.cutoff)} asks for a run; that one was {newest.state}",
+                "skipped",
+            )
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #c25630cd
 def set_moments(schedule: Schedule) -> None:
@@ -217,7 +257,13 @@ def set_moments(schedule: Schedule) -> None:
         if job.id not in moments and job.id != "look":
             job.remove()
     for key, entry in moments.items():
-        schedule.jobs.add_job(schedule.consider, ExchangeTrigger(clock, partial(next_due, entry)), args=[key], id=key, replace_existing=True)
+        schedule.jobs.add_job(
+            schedule.consider,
+            ExchangeTrigger(clock, partial(next_due, entry)),
+            args=[key],
+            id=key,
+            replace_existing=True,
+        )
 
 
 def look_around(schedule: Schedule) -> None:
@@ -237,14 +283,23 @@ def look_around(schedule: Schedule) -> None:
 def watched_entries(schedule: Schedule) -> list[Watched]:
     "What the alerts expect of the plan in force."
     now, since = schedule.clock.now(), schedule.since
-    return [Watched(e.pair, e.interval, recipe_name(e.recipe), how_often(e, now), since) for e in schedule.plan.all_entries.values()]
+    return [
+        Watched(e.pair, e.interval, recipe_name(e.recipe), how_often(e, now), since)
+        for e in schedule.plan.all_entries.values()
+    ]
 
 
 def find_problems(schedule: Schedule) -> list[Condition]:
     "Rule `plan`: what is wrong with the list of pairs, or keeps an entry from being tried at all."
-    found = [Condition(f"plan/{key}", f"{key} could not be run", slot.problem) for key, slot in schedule.slots.items() if slot.problem]
+    found = [
+        Condition(f"plan/{key}", f"{key} could not be run", slot.problem)
+        for key, slot in schedule.slots.items()
+        if slot.problem
+    ]
     if schedule.file is not None and schedule.file.problem:
-        found.append(Condition("plan/file", "the list of pairs has an error, the old one stays in force", schedule.file.problem))
+        found.append(
+            Condition("plan/file", "the list of pairs has an error, the old one stays in force", schedule.file.problem)
+        )
     return found
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #f74c53dc
@@ -266,7 +321,9 @@ def check_addresses(urls: str) -> None:
     if urls.strip():
         done = subprocess.run([sys.executable, "-c", program], input=urls, capture_output=True, text=True, timeout=120)
         if done.returncode:
-            raise SettingsError(done.stderr.strip().splitlines()[-1].partition(": ")[2] or "MUR_ALERT_URLS cannot be read")
+            raise SettingsError(
+                done.stderr.strip().splitlines()[-1].partition(": ")[2] or "MUR_ALERT_URLS cannot be read"
+            )
 
 
 def take_lock(schedule: Schedule) -> None:
@@ -275,7 +332,10 @@ def take_lock(schedule: Schedule) -> None:
     try:
         schedule._lock.acquire(timeout=0)
     except Timeout:
-        raise SettingsError(f"another schedule is running on {schedule.settings.home}; stop that one, or set MUR_HOME to another folder", "busy") from None
+        raise SettingsError(
+            f"another schedule is running on {schedule.settings.home}; stop that one, or set MUR_HOME to another folder",
+            "busy",
+        ) from None
 
 
 def stop(schedule: Schedule, wait: float = 30) -> bool:
@@ -312,16 +372,34 @@ def schedule_table(schedule: Schedule) -> Table:
     now = schedule.clock.now()
     away = f", exchange away since {schedule.clock.away_since:%H:%M}" if schedule.clock.away_since is not None else ""
     open_alerts = f", {len(schedule.watch.alerts.open)} open alerts" if schedule.watch.alerts.open else ""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=f"exchange time {utc_iso(now)}{away}{open_alerts}", caption_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        caption=f"exchange time {utc_iso(now)}{away}{open_alerts}",
+        caption_justify="left",
+    )
     for name in ("pair", "recipe", "next", "now", "last"):
         table.add_column(name, no_wrap=name != "last", overflow="fold")
     for key, entry in schedule.plan.all_entries.items():
         slot, doing = schedule.slots.get(key, Slot()), schedule.crew.busy.get(key)
         due = next_due(entry, now)
-        work = f"{doing[0]} {time.time() - doing[1]:.0f} s" if doing else f"again in {slot.retry_at - time.time():.0f} s" if slot.retry_at > time.time() else ""
+        work = (
+            f"{doing[0]} {time.time() - doing[1]:.0f} s"
+            if doing
+            else f"again in {slot.retry_at - time.time():.0f} s"
+            if slot.retry_at > time.time()
+            else ""
+        )
         colour = {"published": "green", "skipped": "dim", "refused": "yellow", "": "dim"}.get(slot.state, "red")
         when = f"{due:%a %H:%M} ({max(0, (due - now).total_seconds()) / 60:.0f} min)"
-        table.add_row(f"{entry.pair} {entry.interval}", escape(recipe_name(entry.recipe)), when, work, f"[{colour}]{slot.state}[/] {escape(slot.note[:160])}")
+        table.add_row(
+            f"{entry.pair} {entry.interval}",
+            escape(recipe_name(entry.recipe)),
+            when,
+            work,
+            f"[{colour}]{slot.state}[/] {escape(slot.note[:160])}",
+        )
     return table
 
 

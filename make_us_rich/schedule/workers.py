@@ -65,11 +65,21 @@ def _train(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
         options["run"] = getattr(__import__(module), name)
     ledger = RunLedger(connect(settings.db_url))
     outcome = run_recorded(
-        entry.pair, settings=settings, ledger=ledger, interval=entry.interval, recipe=entry.recipe, parameters={"overrides": entry.overrides} | more,
-        now=pd.Timestamp(order["now"]), pause=order["pause"], locked=order.get("locked", False), **options,
+        entry.pair,
+        settings=settings,
+        ledger=ledger,
+        interval=entry.interval,
+        recipe=entry.recipe,
+        parameters={"overrides": entry.overrides} | more,
+        now=pd.Timestamp(order["now"]),
+        pause=order["pause"],
+        locked=order.get("locked", False),
+        **options,
     )
     rows = [r for r in ledger.rows(entry.pair, limit=3) if r.run_id == outcome.run_id and r.retry_at is not None]
-    retry_in = max(0.0, (rows[0].retry_at - system_clock()).total_seconds()) if rows and rows[0].retry_at is not None else None
+    retry_in = (
+        max(0.0, (rows[0].retry_at - system_clock()).total_seconds()) if rows and rows[0].retry_at is not None else None
+    )
     return {"outcome": keep_page(outcome, settings).model_dump(), "retry_in": retry_in}
 
 # %% ../../nbs/09_schedule/03_workers.ipynb #6324d253
@@ -93,7 +103,11 @@ def _tidy(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return {"folders": len(removed), "objects": len(models.clean(keep=100)), "rows": ledger_rows}
 
 
-ORDERS: dict[str, Callable[[dict[str, Any], Settings], dict[str, Any]]] = {"train": _train, "migrate": _migrate, "tidy": _tidy}
+ORDERS: dict[str, Callable[[dict[str, Any], Settings], dict[str, Any]]] = {
+    "train": _train,
+    "migrate": _migrate,
+    "tidy": _tidy,
+}
 
 # %% ../../nbs/09_schedule/03_workers.ipynb #2f3830f5
 class Worker:
@@ -129,7 +143,9 @@ class Worker:
             errors: Any = self.log_path.open("a")
         except OSError:
             errors = subprocess.DEVNULL  # a full disk must not keep a worker from saying so
-        self.process = start_with_parent(serve_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.process = start_with_parent(
+            serve_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         return self.process
 
     def _kill(self) -> None:
@@ -152,14 +168,23 @@ LINGER = 15.0  # seconds that a worker waits for another order
 class Crew:
     "`jobs` workers; `make_order(key)` is asked when an order really starts, `done(key, answer)` gets what came of it and says whether to do it once more."
 
-    def __init__(self, jobs: int, make_order: Callable[[str], dict[str, Any]], done: Callable[[str, dict[str, Any]], bool], longest: float, log_path: Path) -> None:
+    def __init__(
+        self,
+        jobs: int,
+        make_order: Callable[[str], dict[str, Any]],
+        done: Callable[[str, dict[str, Any]], bool],
+        longest: float,
+        log_path: Path,
+    ) -> None:
         self.make_order, self.done, self.longest, self.log_path = make_order, done, longest, log_path
         self.busy: dict[str, tuple[str, float]] = {}  # key -> ("queued" or "running", since)
         self.once_more: set[str] = set()
         self._orders: queue.Queue[str | None] = queue.Queue()
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
-        self._threads = [threading.Thread(target=work, args=(self,), daemon=True, name=f"crew-{i}") for i in range(jobs)]
+        self._threads = [
+            threading.Thread(target=work, args=(self,), daemon=True, name=f"crew-{i}") for i in range(jobs)
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -51,7 +51,11 @@ def what_is_bad(rows: pd.DataFrame) -> str:
 # %% ../../nbs/06_serving/05_breaker.ipynb #1037c27c
 def demotions(engine: Engine, pair: str | Pair, interval: str | Interval = "1h") -> list[Demotion]:
     "What the breaker did to a pair, newest first."
-    query = select(Demotion).where(Demotion.pair == str(Pair.parse(pair)), Demotion.interval == str(interval)).order_by(Demotion.id.desc())
+    query = (
+        select(Demotion)
+        .where(Demotion.pair == str(Pair.parse(pair)), Demotion.interval == str(interval))
+        .order_by(Demotion.id.desc())
+    )
     with session(engine) as s:
         return list(s.scalars(query))
 
@@ -60,7 +64,11 @@ def why_suspended(engine: Engine, pair: str | Pair, interval: str | Interval, ve
     "Why this version may not forecast any more, empty if it may."
     name = Pair.parse(pair)
     bad = next((d for d in demotions(engine, name, interval) if d.from_version == version and not d.to_version), None)
-    return f"the live record of {name} turned bad: {bad.reason}; train another model with `mkrich train {name}`" if bad else ""
+    return (
+        f"the live record of {name} turned bad: {bad.reason}; train another model with `mkrich train {name}`"
+        if bad
+        else ""
+    )
 
 
 def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str) -> str:
@@ -77,7 +85,9 @@ def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str)
     return ""
 
 # %% ../../nbs/06_serving/05_breaker.ipynb #98bf6694
-def circuit_breaker(engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, now: pd.Timestamp) -> Demoted | None:
+def circuit_breaker(
+    engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, now: pd.Timestamp
+) -> Demoted | None:
     "Take the champion out of service if its live record is bad; None if nothing had to be done."
     name, found = str(Pair.parse(pair)), serving_champion(store, pair, interval)
     if found is None:
@@ -93,6 +103,15 @@ def circuit_breaker(engine: Engine, pair: str | Pair, interval: str | Interval, 
     tainted = {d.from_version for d in before} | {pointer.version}
     to = "" if owner == POOLED != Pair.parse(pair) else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
     with session(engine) as s:
-        s.add(Demotion(pair=name, interval=str(interval), at=now, from_version=pointer.version, to_version=to, reason=bad))
-    log.warning("%s %s: %s was taken out of service (%s); %s", name, interval, pointer.version, bad, f"{to} serves" if to else "the pair abstains")
+        s.add(
+            Demotion(pair=name, interval=str(interval), at=now, from_version=pointer.version, to_version=to, reason=bad)
+        )
+    log.warning(
+        "%s %s: %s was taken out of service (%s); %s",
+        name,
+        interval,
+        pointer.version,
+        bad,
+        f"{to} serves" if to else "the pair abstains",
+    )
     return Demoted(name, str(interval), utc_iso(now), pointer.version, to, bad)

@@ -61,6 +61,9 @@ def pick_model(
             model, bundle, why = build_model(store, pointer, number)
         if model is not None:
             return model, bundle, problem
-        refused.known[step.version] = (refused.known.get(step.version, (now, ""))[0] if refused.why(step.version, now) else now, why)
+        refused.known[step.version] = (
+            refused.known.get(step.version, (now, ""))[0] if refused.why(step.version, now) else now,
+            why,
+        )
         problem = problem or why
     return serving, None, problem

@@ -80,7 +80,9 @@ class Events:
         with self._lock:
             self._readers = [r for r in self._readers if r is not reader]
 
-    def send(self, kind: str, at: pd.Timestamp, pair: str = "", interval: str = "", data: dict[str, Any] | None = None) -> Event:
+    def send(
+        self, kind: str, at: pd.Timestamp, pair: str = "", interval: str = "", data: dict[str, Any] | None = None
+    ) -> Event:
         "Tell everybody."
         with self._lock:
             self._count += 1

@@ -48,8 +48,12 @@ def caveats(pair: str | Pair, manifest: Manifest) -> str:
     is_fallback = manifest.recipe.get("name") == "HAR-t"
     notes = [
         pooled_note(pair, manifest),
-        "It is the fallback HAR-t, a volatility model without a view on the direction: no network serves this pair now." if is_fallback else "",
-        "" if manifest.interval == "1h" else f"The design was measured on 1h candles only, so with {manifest.interval} there is less experience.",
+        "It is the fallback HAR-t, a volatility model without a view on the direction: no network serves this pair now."
+        if is_fallback
+        else "",
+        ""
+        if manifest.interval == "1h"
+        else f"The design was measured on 1h candles only, so with {manifest.interval} there is less experience.",
     ]
     return " ".join(note for note in notes if note)
 
@@ -110,9 +114,13 @@ def forecast_rows(forecast: Forecast) -> dict[str, str]:
     else:
         rows["no forecast"] = f.sentence
     if f.as_of:
-        rows["as of"] = f"{minute_text(f.as_of)} UTC" + (f", data {age_text(f.data_age_minutes)} old" if f.data_age_minutes is not None else "")
+        rows["as of"] = f"{minute_text(f.as_of)} UTC" + (
+            f", data {age_text(f.data_age_minutes)} old" if f.data_age_minutes is not None else ""
+        )
     if f.model_version:
-        rows["model"] = f.model_version + (f", {age_text(f.model_age_hours * 60)} old" if f.model_age_hours is not None else "")
+        rows["model"] = f.model_version + (
+            f", {age_text(f.model_age_hours * 60)} old" if f.model_age_hours is not None else ""
+        )
     if f.reliability:
         rows["reliability"] = f.reliability
     rows["source"] = f.source or "nothing fetched"
@@ -124,7 +132,13 @@ def minute_text(iso: str) -> str:
 
 
 def age_text(minutes: float) -> str:
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h" if minutes < 2880 else f"{minutes / 1440:.0f} days"
+    return (
+        f"{minutes:.0f} min"
+        if minutes < 120
+        else f"{minutes / 60:.0f} h"
+        if minutes < 2880
+        else f"{minutes / 1440:.0f} days"
+    )
 
 
 def _markdown(forecast: Forecast) -> str:

@@ -13,7 +13,13 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich.core.settings import (
-    CandleError, ExchangeError, ForecastUnavailable, StoreError, log, system_clock, utc_iso,
+    CandleError,
+    ExchangeError,
+    ForecastUnavailable,
+    StoreError,
+    log,
+    system_clock,
+    utc_iso,
 )
 from ..market.series import Interval, Pair
 from ..market.candles import SAMPLE_LABEL, VALUE_COLUMNS, CandleReport, Gap, find_gaps
@@ -24,7 +30,12 @@ from ..evaluation.calibration import online_width
 from ..registry.store import ModelStore, serving_champion
 from ..registry.served_model import ROLL_BACK, OnnxModel
 from make_us_rich.serving.forecast import (
-    Forecast, age_text, format_price, minute_text, reliability_text, rise_probability,
+    Forecast,
+    age_text,
+    format_price,
+    minute_text,
+    reliability_text,
+    rise_probability,
 )
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #a2f7f5eb
@@ -43,7 +54,10 @@ class ModelLoader:
         found = serving_champion(self.store, pair, key[1])
         if found is None:
             option = "" if key[1] == "1h" else f" --interval {interval}"
-            raise ForecastUnavailable(f"no model of {pair} {interval} is published yet; train one with `mkrich train {pair}{option}`", reason="no_model")
+            raise ForecastUnavailable(
+                f"no model of {pair} {interval} is published yet; train one with `mkrich train {pair}{option}`",
+                reason="no_model",
+            )
         owner, pointer = found
         key = (str(owner), key[1])
         held = self._loaded.get(key)
@@ -72,11 +86,17 @@ def why_not(frame: pd.DataFrame, window: int, pair: Pair, interval: Interval, no
     as_of = frame["timestamp"].iloc[-1] + interval.delta
     if now - as_of > interval.delta + PATIENCE:
         age = age_text((now - as_of) / pd.Timedelta("1min"))
-        return "stale_data", f"the newest closed candle of {pair} is {age} old (closed {minute_text(utc_iso(as_of))} UTC); fetch with `mkrich candles {pair}`"
+        return (
+            "stale_data",
+            f"the newest closed candle of {pair} is {age} old (closed {minute_text(utc_iso(as_of))} UTC); fetch with `mkrich candles {pair}`",
+        )
     if gaps := find_gaps(frame.tail(GAP_ROWS).reset_index(drop=True), interval):
         gap: Gap = gaps[-1]
         where = f"{gap.missing} candles of {pair} are missing from {minute_text(utc_iso(gap.start))} to {minute_text(utc_iso(gap.end + interval.delta))} UTC"
-        return "data_gap", f"{where}; forecasts resume at {minute_text(utc_iso(gap.end + (GAP_ROWS + 1) * interval.delta))} UTC"
+        return (
+            "data_gap",
+            f"{where}; forecasts resume at {minute_text(utc_iso(gap.end + (GAP_ROWS + 1) * interval.delta))} UTC",
+        )
     return "", ""
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #5cb0bd00
@@ -95,7 +115,12 @@ def serving_width(model: OnnxModel, frame: pd.DataFrame, interval: Interval) -> 
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #cab3a7ad
 def forecast_pair(
-    pair: str | Pair, interval: str, store: ModelStore | ModelLoader, candles: CandleStore, client: BinanceClient | None, now: pd.Timestamp | None = None
+    pair: str | Pair,
+    interval: str,
+    store: ModelStore | ModelLoader,
+    candles: CandleStore,
+    client: BinanceClient | None,
+    now: pd.Timestamp | None = None,
 ) -> Forecast:
     "Forecast the candle after the newest closed one, or abstain with a reason; `client` None or out of reach: from the stored candles."
     pair, step = Pair.parse(pair), Interval.parse(interval)
@@ -118,7 +143,11 @@ def forecast_pair(
         frame, source = candles.read(pair, str(step)), candles.info(pair, str(step)).source
     except CandleError as e:
         return Forecast(**facts, status="abstain", reason=e.reason, sentence=f"{e}{advice}")
-    frame = frame[frame["timestamp"] + step.delta <= now].tail(max(model.window + WIDTH_ROWS, GAP_ROWS)).reset_index(drop=True)
+    frame = (
+        frame[frame["timestamp"] + step.delta <= now]
+        .tail(max(model.window + WIDTH_ROWS, GAP_ROWS))
+        .reset_index(drop=True)
+    )
     facts |= _facts_of(pair, model, source, now)
     reason, sentence = why_not(frame, model.window, pair, step, now)
     if reason:
@@ -130,15 +159,25 @@ def _facts_of(pair: Pair, model: OnnxModel, source: str, now: pd.Timestamp) -> d
     m = model.manifest
     age = max(0.0, (now - pd.Timestamp(m.cutoff)) / pd.Timedelta("1h"))
     label = source if source.startswith((SAMPLE_LABEL, "synthetic")) else ""
-    return {"model_version": m.version, "model_age_hours": round(age, 1), "run_id": m.run_id, "source": source, "label": label,
-            "reliability": reliability_text(pair, m)}
+    return {
+        "model_version": m.version,
+        "model_age_hours": round(age, 1),
+        "run_id": m.run_id,
+        "source": source,
+        "label": label,
+        "reliability": reliability_text(pair, m),
+    }
 
 
 def _as_of(frame: pd.DataFrame, step: Interval, now: pd.Timestamp) -> dict[str, Any]:
     if frame.empty:
         return {}
     as_of = frame["timestamp"].iloc[-1] + step.delta
-    return {"as_of": utc_iso(as_of), "data_age_minutes": round((now - as_of) / pd.Timedelta("1min"), 1), "last_close": float(frame["close"].iloc[-1])}
+    return {
+        "as_of": utc_iso(as_of),
+        "data_age_minutes": round((now - as_of) / pd.Timedelta("1min"), 1),
+        "last_close": float(frame["close"].iloc[-1]),
+    }
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #69f378e3
 def _answer(model: OnnxModel, frame: pd.DataFrame, step: Interval, facts: dict[str, Any], advice: str) -> Forecast:
@@ -154,8 +193,14 @@ def _answer(model: OnnxModel, frame: pd.DataFrame, step: Interval, facts: dict[s
     until = minute_text(utc_iso(as_of + step.delta))[11:]
     sentence = f"{facts['pair']} at {until} UTC: between {low} and {high} with 80 % probability, after {format_price(last)}{advice}"
     return Forecast(
-        **facts, status="ok", sentence=sentence, target_open=utc_iso(as_of), target_close=utc_iso(as_of + step.delta),
-        median=float(quantiles[MEDIAN]), quantiles=dict(zip(LEVELS, quantiles.tolist(), strict=True)), p_up=rise_probability(quantiles, last),
+        **facts,
+        status="ok",
+        sentence=sentence,
+        target_open=utc_iso(as_of),
+        target_close=utc_iso(as_of + step.delta),
+        median=float(quantiles[MEDIAN]),
+        quantiles=dict(zip(LEVELS, quantiles.tolist(), strict=True)),
+        p_up=rise_probability(quantiles, last),
         width=width,
     )
 
@@ -185,4 +230,6 @@ class HeldCandles(CandleStore):
 
     def info(self, pair: str | Pair, interval: str | Interval = "1h") -> Provenance:
         "Its source; the other facts are not known."
-        return Provenance(str(pair), str(interval), self.held_source, [], 0, "", pd.Timestamp(0, tz="UTC"), False, CandleReport())
+        return Provenance(
+            str(pair), str(interval), self.held_source, [], 0, "", pd.Timestamp(0, tz="UTC"), False, CandleReport()
+        )

@@ -44,15 +44,24 @@ def ledger_row(forecast: Forecast, base_quantiles: list[float] | None, issued_at
     }
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #90a0a194
-def record_forecast(engine: Engine, forecast: Forecast, base_quantiles: list[float] | None, issued_at: pd.Timestamp) -> bool:
+def record_forecast(
+    engine: Engine, forecast: Forecast, base_quantiles: list[float] | None, issued_at: pd.Timestamp
+) -> bool:
     "Write an answer down unless its key is there already; True if this call wrote it."
     values = ledger_row(forecast, base_quantiles, issued_at)
     with session(engine) as s:
-        return s.scalar(insert_into(s, ForecastRow).values(**values).on_conflict_do_nothing().returning(ForecastRow.id)) is not None
+        return (
+            s.scalar(insert_into(s, ForecastRow).values(**values).on_conflict_do_nothing().returning(ForecastRow.id))
+            is not None
+        )
 
 
 def issued_forecast(
-    engine: Engine, pair: str | Pair, interval: str | Interval, target_open: pd.Timestamp, versions: set[str] | None = None
+    engine: Engine,
+    pair: str | Pair,
+    interval: str | Interval,
+    target_open: pd.Timestamp,
+    versions: set[str] | None = None,
 ) -> ForecastRow | None:
     "The first forecast on record for this hour (of one of `versions`, if given): the one that is shown."
     query = select(ForecastRow).where(ForecastRow.pair == str(Pair.parse(pair)), ForecastRow.interval == str(interval))
@@ -67,11 +76,25 @@ def as_forecast(row: ForecastRow, now: pd.Timestamp, reliability: str = "") -> F
     low, high = (format_price(prices[i], last) for i in RANGES[80])
     minutes = (now - row.as_of) / pd.Timedelta("1min")
     return Forecast(
-        pair=row.pair, interval=row.interval, status="ok", as_of=utc_iso(row.as_of), target_open=utc_iso(row.target_open), target_close=utc_iso(row.target_close),
+        pair=row.pair,
+        interval=row.interval,
+        status="ok",
+        as_of=utc_iso(row.as_of),
+        target_open=utc_iso(row.target_open),
+        target_close=utc_iso(row.target_close),
         sentence=f"{row.pair} at {row.target_close:%H:%M} UTC: between {low} and {high} with 80 % probability, after {format_price(last)}",
-        last_close=last, median=prices[MEDIAN], quantiles=dict(zip(LEVELS, prices, strict=True)), p_up=row.p_up, width=row.width,
-        model_version=row.model_version, model_age_hours=round((now - cutoff_of(row.model_version)) / pd.Timedelta("1h"), 1),
-        data_age_minutes=round(minutes, 1), source=row.source, label=row.label, reliability=reliability, run_id=row.run_id,
+        last_close=last,
+        median=prices[MEDIAN],
+        quantiles=dict(zip(LEVELS, prices, strict=True)),
+        p_up=row.p_up,
+        width=row.width,
+        model_version=row.model_version,
+        model_age_hours=round((now - cutoff_of(row.model_version)) / pd.Timedelta("1h"), 1),
+        data_age_minutes=round(minutes, 1),
+        source=row.source,
+        label=row.label,
+        reliability=reliability,
+        run_id=row.run_id,
     )
 
 
@@ -96,14 +119,18 @@ def score_row(row: ForecastRow, actual: float) -> dict[str, Any]:
     }
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #c833065b
-def settle_rows(engine: Engine, pair: str | Pair, interval: str | Interval, frame: pd.DataFrame, now: pd.Timestamp) -> int:
+def settle_rows(
+    engine: Engine, pair: str | Pair, interval: str | Interval, frame: pd.DataFrame, now: pd.Timestamp
+) -> int:
     "Compare the open rows of a pair with the closed candles in `frame`; the number of rows that this call settled."
     if frame.empty:
         return 0
     closes = dict(zip(frame["timestamp"].astype("int64"), frame["close"], strict=True))
     first, last = frame["timestamp"].iloc[0], frame["timestamp"].iloc[-1]
     query = select(ForecastRow).where(ForecastRow.pair == str(Pair.parse(pair)), ForecastRow.interval == str(interval))
-    query = query.where(ForecastRow.settled_at.is_(None), ForecastRow.target_open.between(first, last)).order_by(ForecastRow.id)
+    query = query.where(ForecastRow.settled_at.is_(None), ForecastRow.target_open.between(first, last)).order_by(
+        ForecastRow.id
+    )
     done = 0
     with session(engine) as s:
         for row in s.scalars(query).all():
@@ -111,7 +138,9 @@ def settle_rows(engine: Engine, pair: str | Pair, interval: str | Interval, fram
             values: dict[str, Any] = {"settled_at": now, "actual": None if actual is None else float(actual)}
             if actual is not None and row.status == "ok":
                 values |= score_row(row, float(actual))
-            change = update(ForecastRow).where(ForecastRow.id == row.id, ForecastRow.settled_at.is_(None)).values(**values)
+            change = (
+                update(ForecastRow).where(ForecastRow.id == row.id, ForecastRow.settled_at.is_(None)).values(**values)
+            )
             done += s.execute(change.execution_options(synchronize_session=False)).rowcount  # type: ignore[attr-defined]
     return done
 
@@ -120,11 +149,17 @@ SCORES = ("crps", "crps_base", "abs_error", "abs_error_naive", "in50", "in80", "
 
 
 def load_record(
-    engine: Engine, pair: str | Pair | None = None, interval: str | Interval = "1h", since: pd.Timestamp | None = None, version: str = ""
+    engine: Engine,
+    pair: str | Pair | None = None,
+    interval: str | Interval = "1h",
+    since: pd.Timestamp | None = None,
+    version: str = "",
 ) -> pd.DataFrame:
     "All rows of a pair (None: of every pair) in order of time: pair, target_open, model_version, status, settled, actual and the scores."
     names = ["pair", "target_open", "model_version", "status", "actual", *SCORES]
-    query = select(*(getattr(ForecastRow, name) for name in names), ForecastRow.settled_at.is_not(None).label("settled"))
+    query = select(
+        *(getattr(ForecastRow, name) for name in names), ForecastRow.settled_at.is_not(None).label("settled")
+    )
     query = query.where(ForecastRow.interval == str(interval)).order_by(ForecastRow.target_open, ForecastRow.id)
     if pair is not None:
         query = query.where(ForecastRow.pair == str(Pair.parse(pair)))
@@ -134,7 +169,9 @@ def load_record(
         query = query.where(ForecastRow.model_version == version)
     with session(engine) as s:
         rows = pd.DataFrame([tuple(row) for row in s.execute(query)], columns=[*names, "settled"])
-    return rows.astype(dict.fromkeys((*SCORES, "actual"), "float64") | {"target_open": "datetime64[ms, UTC]", "settled": bool})
+    return rows.astype(
+        dict.fromkeys((*SCORES, "actual"), "float64") | {"target_open": "datetime64[ms, UTC]", "settled": bool}
+    )
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #7edac5ff
 BASE_ROWS = 745  # candles that the base needs for its 720 returns, with a day to spare for a gap

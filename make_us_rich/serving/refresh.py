@@ -31,7 +31,13 @@ from ..registry.store import ModelStore, serving_champion
 from ..registry.served_model import RememberedModel
 from .forecast import Forecast, reliability_text
 from make_us_rich.serving.forecasting import (
-    GAP_ROWS, PATIENCE, WIDTH_ROWS, HeldCandles, HeldModel, forecast_pair, serving_width,
+    GAP_ROWS,
+    PATIENCE,
+    WIDTH_ROWS,
+    HeldCandles,
+    HeldModel,
+    forecast_pair,
+    serving_width,
 )
 from .ledger import BASE_ROWS, as_forecast, base_prices
 from .track_record import TrackRecord, record_sentence
@@ -119,7 +125,9 @@ class Parts:
         return self.market.now()
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #25c5fb18
-def next_fetch(newest: pd.Timestamp | None, now: pd.Timestamp, step: Interval, misses: int, jitter: float) -> tuple[pd.Timestamp, int]:
+def next_fetch(
+    newest: pd.Timestamp | None, now: pd.Timestamp, step: Interval, misses: int, jitter: float
+) -> tuple[pd.Timestamp, int]:
     "When to ask next and the count of misses, after an answer whose newest candle closed at `newest` (None: there was no answer)."
     if newest is not None and newest >= step.floor(now):
         return step.floor(now) + step.delta + pd.Timedelta(seconds=jitter), 0
@@ -168,20 +176,45 @@ def read_candles_of(parts: Parts, state: PairState) -> pd.DataFrame:
 # %% ../../nbs/06_serving/09_refresh.ipynb #598c0739
 def abstain_instead(forecast: Forecast, reason: str, sentence: str) -> Forecast:
     "The same facts without the numbers that one could lean on."
-    nothing: dict[str, Any] = {"target_open": "", "target_close": "", "median": None, "quantiles": {}, "p_up": None, "width": None}
+    nothing: dict[str, Any] = {
+        "target_open": "",
+        "target_close": "",
+        "median": None,
+        "quantiles": {},
+        "p_up": None,
+        "width": None,
+    }
     return forecast.model_copy(update=nothing | {"status": "abstain", "reason": reason, "sentence": sentence})
 
 
 def compute_forecast(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Timestamp) -> Forecast:
     "The forecast of the hour that opens at `hour`, or the reason why there is none."
-    why = state.problems.get("model") or state.problems.get("store") or f"no model of {state.pair} serves; train one with `mkrich train {state.pair}`"
-    forecast = forecast_pair(state.pair, str(state.interval), HeldModel(state.model, why), HeldCandles(frame, state.source), None, parts.now)
+    why = (
+        state.problems.get("model")
+        or state.problems.get("store")
+        or f"no model of {state.pair} serves; train one with `mkrich train {state.pair}`"
+    )
+    forecast = forecast_pair(
+        state.pair, str(state.interval), HeldModel(state.model, why), HeldCandles(frame, state.source), None, parts.now
+    )
     if forecast.status == "ok" and pd.Timestamp(forecast.target_open) != hour:
-        return abstain_instead(forecast, "stale_data", f"the candle of {state.pair} that closed at {hour:%H:%M} UTC has not arrived yet; it is asked for again")
-    if forecast.status == "ok" and state.model is not None and pd.Timestamp(state.model.manifest.cutoff).ceil("s") > hour:
+        return abstain_instead(
+            forecast,
+            "stale_data",
+            f"the candle of {state.pair} that closed at {hour:%H:%M} UTC has not arrived yet; it is asked for again",
+        )
+    if (
+        forecast.status == "ok"
+        and state.model is not None
+        and pd.Timestamp(state.model.manifest.cutoff).ceil("s") > hour
+    ):
         seen = f"the model of {state.pair} was trained up to {utc_iso(pd.Timestamp(state.model.manifest.cutoff))} and has seen this hour"
         return abstain_instead(forecast, "model_newer_than_data", f"{seen}; serve an earlier version, or wait")
-    if forecast.reason in ("stale_data", "no_candles") and "exchange" in state.problems and state.problems["exchange"] not in forecast.sentence:
+    if (
+        forecast.reason in ("stale_data", "no_candles")
+        and "exchange" in state.problems
+        and state.problems["exchange"] not in forecast.sentence
+    ):
         return forecast.model_copy(update={"sentence": f"{forecast.sentence} ({state.problems['exchange']})"})
     return forecast
 
@@ -203,7 +236,10 @@ def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Ti
             return forecast
         row = ledger.issued(state.pair, hour, state.interval, allowed)
     if row is None:
-        raise StoreError(f"the forecast of {state.pair} for {utc_iso(hour)} was recorded but is not there; look after the database", "ledger")
+        raise StoreError(
+            f"the forecast of {state.pair} for {utc_iso(hour)} was recorded but is not there; look after the database",
+            "ledger",
+        )
     return as_forecast(row, parts.now, reliability_of(state))
 
 
@@ -228,14 +264,23 @@ def settle_and_judge(parts: Parts, state: PairState, frame: pd.DataFrame) -> Non
     "Score what can be scored, bring the track record up to date, take a bad champion out of service, tell the readers."
     pair, interval = state.name
     parts.ledger.settle(pair, interval, frame)
-    rows = [r for r in parts.ledger.rows(pair, interval, limit=48) if r.settled_at is not None and r.actual is not None and r.status == "ok"]
+    rows = [
+        r
+        for r in parts.ledger.rows(pair, interval, limit=48)
+        if r.settled_at is not None and r.actual is not None and r.status == "ok"
+    ]
     newest = rows[0].target_open if rows else None
     if state.record is None or newest != state.settled:
         update_record(parts, state)
         for row in reversed(rows) if state.settled is not None else []:
             if row.target_open > state.settled:
-                scores = {k: getattr(row, k) for k in ("actual", "crps", "crps_base", "in50", "in80", "in95", "up_hit", "model_version")}
-                parts.events.send("settled", parts.now, pair, interval, {"target_open": utc_iso(row.target_open)} | scores)
+                scores = {
+                    k: getattr(row, k)
+                    for k in ("actual", "crps", "crps_base", "in50", "in80", "in95", "up_hit", "model_version")
+                }
+                parts.events.send(
+                    "settled", parts.now, pair, interval, {"target_open": utc_iso(row.target_open)} | scores
+                )
         state.settled = newest
         break_circuit(parts, state)
 
@@ -283,7 +328,9 @@ def look_for_model(parts: Parts, state: PairState) -> None:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
         found = serving_champion(store, *state.name) if store else None
-        found = (found[0], found[1].model_copy(update={"seq": 1})) if found else None  # the copy counts for itself; any pointer of the store is newer
+        found = (
+            (found[0], found[1].model_copy(update={"seq": 1})) if found else None
+        )  # the copy counts for itself; any pointer of the store is newer
     if store is None or found is None or goes_back(state, found[1]):
         return
     pointer = found[1]
@@ -314,7 +361,9 @@ def goes_back(state: PairState, pointer: Pointer) -> bool:
 def swap(parts: Parts, state: PairState, model: RememberedModel, pointer: Pointer) -> None:
     "Let another model serve."
     old = state.model.manifest.version if state.model else ""
-    same = state.model is not None and state.model.manifest.pair == pointer.pair  # else the pair got its own model: nothing was withdrawn
+    same = (
+        state.model is not None and state.model.manifest.pair == pointer.pair
+    )  # else the pair got its own model: nothing was withdrawn
     withdrawn = same and old not in [s.version for s in pointer.steps]
     state.model, state.pointer = model, pointer
     state.force = state.force or withdrawn or state.answer is None or state.answer.forecast.status != "ok"
@@ -362,7 +411,11 @@ def refresh(parts: Parts, state: PairState) -> bool:
             state.problems.pop("ledger", None)
         except Exception as e:
             state.retry_due = parts.now + pd.Timedelta("5s")
-            state.problems["ledger"] = str(e) if isinstance(e, MakeUsRichError) else f"{type(e).__name__} while {state.pair} was forecast; see the log"
+            state.problems["ledger"] = (
+                str(e)
+                if isinstance(e, MakeUsRichError)
+                else f"{type(e).__name__} while {state.pair} was forecast; see the log"
+            )
             log.warning("%s: %s", state.pair, e, exc_info=not isinstance(e, MakeUsRichError))
             expire(parts, state)
         return True
@@ -392,7 +445,10 @@ def turn(parts: Parts, state: PairState) -> None:
         return  # this hour has its abstention, and nothing has changed
     forecast = answer_hour(parts, state, frame, hour)
     is_news = old is None or (old.status, old.reason, old.target_open, old.model_version) != (
-        forecast.status, forecast.reason, forecast.target_open, forecast.model_version,
+        forecast.status,
+        forecast.reason,
+        forecast.target_open,
+        forecast.model_version,
     )
     state.hour, state.force = hour, False
     state.answer = Answer.of(forecast, now)

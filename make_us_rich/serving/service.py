@@ -18,7 +18,15 @@ from sqlalchemy.engine import Engine
 
 from ..core.secrets import shown
 from make_us_rich.core.settings import (
-    Clock, ForecastUnavailable, MakeUsRichError, Settings, StoreError, get_settings, log, system_clock, utc_iso,
+    Clock,
+    ForecastUnavailable,
+    MakeUsRichError,
+    Settings,
+    StoreError,
+    get_settings,
+    log,
+    system_clock,
+    utc_iso,
 )
 from ..core.database import connect, migrate, ping
 from ..market.series import Interval, Pair
@@ -31,15 +39,29 @@ from .events import Subscription
 from .refresh import LONG_AGO, Answer, PairState, Parts, look_for_model, refresh
 
 # %% ../../nbs/06_serving/10_service.ipynb #52e85d22
-def make_parts(settings: Settings, engine: Engine, client: BinanceClient | None, clock: Clock | None, jitter: Callable[[], float] | None, public: bool) -> Parts:
+def make_parts(
+    settings: Settings,
+    engine: Engine,
+    client: BinanceClient | None,
+    clock: Clock | None,
+    jitter: Callable[[], float] | None,
+    public: bool,
+) -> Parts:
     "The parts that the settings describe; nobody is called yet."
     client = client or BinanceClient(settings.exchange_url)
     host = re.sub(r"[^A-Za-z0-9.-]", "-", shown(settings.exchange_url).partition("://")[2])[:80]
-    market = Market(client, Breaker(settings.home / f"pause-{host}.json", clock or system_clock), clock or running_clock())
+    market = Market(
+        client, Breaker(settings.home / f"pause-{host}.json", clock or system_clock), clock or running_clock()
+    )
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
     last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None
     parts = Parts(
-        market, CandleStore(settings.candles_dir), Ledger(engine, market.now), ModelStore(settings.store_url, market.now), last_good=last_good, public=public
+        market,
+        CandleStore(settings.candles_dir),
+        Ledger(engine, market.now),
+        ModelStore(settings.store_url, market.now),
+        last_good=last_good,
+        public=public,
     )
     parts.jitter = jitter or parts.jitter
     return parts
@@ -62,7 +84,9 @@ def pair_status(parts: Parts, state: PairState) -> dict[str, Any]:
         "pair": str(state.pair),
         "interval": str(state.interval),
         "model_version": model.manifest.version if model else "",
-        "model_age_hours": round((now - pd.Timestamp(model.manifest.cutoff)) / pd.Timedelta("1h"), 2) if model else None,
+        "model_age_hours": round((now - pd.Timestamp(model.manifest.cutoff)) / pd.Timedelta("1h"), 2)
+        if model
+        else None,
         "champion": state.pointer.version if state.pointer else "",
         "status": forecast.status if forecast else "none",
         "reason": forecast.reason if forecast else "",
@@ -78,8 +102,14 @@ class Service:
     "Keeps the forecasts of all pairs ready; `start`, then `run_forever` in a thread, or `tick` by hand."
 
     def __init__(
-        self, settings: Settings | None = None, *, client: BinanceClient | None = None, engine: Engine | None = None, clock: Clock | None = None,
-        jitter: Callable[[], float] | None = None, public: bool = False,
+        self,
+        settings: Settings | None = None,
+        *,
+        client: BinanceClient | None = None,
+        engine: Engine | None = None,
+        clock: Clock | None = None,
+        jitter: Callable[[], float] | None = None,
+        public: bool = False,
     ) -> None:
         self.settings = settings or get_settings()
         self.engine = engine or connect(self.settings.db_url)
@@ -106,7 +136,10 @@ class Service:
         "The ready answer; `ForecastUnavailable` for a pair that is not served."
         state = self.states.get((str(Pair.parse(pair)), str(interval)))
         if state is None or (answer := state.answer) is None:
-            raise ForecastUnavailable(f"no forecast of {Pair.parse(pair)} {interval} is served; train a model with `mkrich train {Pair.parse(pair)}`", "no_model")
+            raise ForecastUnavailable(
+                f"no forecast of {Pair.parse(pair)} {interval} is served; train a model with `mkrich train {Pair.parse(pair)}`",
+                "no_model",
+            )
         return answer
 
     def record_body(self, pair: str | Pair | None = None, interval: str | Interval = "1h") -> bytes:
@@ -198,7 +231,9 @@ def run_tick(service: Service) -> None:
     "One turn of a service; trouble is kept in `problems`, never raised."
     parts, now = service.parts, service.parts.now
     if now < service._last - pd.Timedelta("1min"):
-        log.warning("the clock moved from %s back to %s; everything is looked at again", utc_iso(service._last), utc_iso(now))
+        log.warning(
+            "the clock moved from %s back to %s; everything is looked at again", utc_iso(service._last), utc_iso(now)
+        )
         service._poll_due = service._list_due = parts.market.rest_until = LONG_AGO
         for state in service.states.values():
             state.fetch_due = state.retry_due = state.fetched = LONG_AGO
@@ -225,8 +260,13 @@ def poll_models(service: Service, now: pd.Timestamp) -> None:
     if now >= service._list_due:
         service._list_due = now + pd.Timedelta("1min")
         names, problem = find_pairs(parts)
-        service.problems = {k: v for k, v in service.problems.items() if k != "store"} | ({"store": problem} if problem else {})
-        fresh = {name: PairState(Pair.parse(name[0]), Interval.parse(name[1])) for name in sorted(names - service.states.keys())}
+        service.problems = {k: v for k, v in service.problems.items() if k != "store"} | (
+            {"store": problem} if problem else {}
+        )
+        fresh = {
+            name: PairState(Pair.parse(name[0]), Interval.parse(name[1]))
+            for name in sorted(names - service.states.keys())
+        }
         service.states = service.states | fresh
         service._poll_due = LONG_AGO if fresh else service._poll_due
     if now >= service._poll_due:

@@ -66,8 +66,12 @@ def skill_check(hours: pd.DataFrame) -> tuple[Check, bool]:
     "Whether the losses of `by_hour` show skill against the base, and whether it is proved that they do not."
     ratio, t = ratio_and_t(hours["crps"], hours["crps_base"])
     n = len(hours)
-    found = "No hour could be compared with the base" if math.isnan(ratio) else (
-        f"Over {n} hours the CRPS is {share_text(abs(ratio - 1))} {'below' if ratio < 1 else 'above'} the base's, t = {t:.2f}"
+    found = (
+        "No hour could be compared with the base"
+        if math.isnan(ratio)
+        else (
+            f"Over {n} hours the CRPS is {share_text(abs(ratio - 1))} {'below' if ratio < 1 else 'above'} the base's, t = {t:.2f}"
+        )
     )
     broken = n >= ENOUGH and (t > 1.64 or (n >= WHOLE and t >= -1.64))
     end = "hardly by chance" if t < -1.64 else "the base is better" if t > 1.64 else "no proof of skill"
@@ -79,12 +83,22 @@ def coverage_check(inside: pd.Series, percent: int) -> tuple[Check, bool]:
     (low, high), held = BORDERS[percent], share_of(inside)
     rule = f"{share_text(low)} to {share_text(high)} inside the {percent} % range"
     if not held.n:
-        return Check(f"coverage_{percent}", False, None, rule, f"No hour tells how much the {percent} % range holds."), False
+        return Check(
+            f"coverage_{percent}", False, None, rule, f"No hour tells how much the {percent} % range holds."
+        ), False
     passed = low <= held.share <= high
     chance = held.low <= percent / 100 <= held.high
-    end = "" if passed else "; that may be chance" if chance else f"; it is too {'narrow' if held.share < low else 'wide'}"
+    end = (
+        ""
+        if passed
+        else "; that may be chance"
+        if chance
+        else f"; it is too {'narrow' if held.share < low else 'wide'}"
+    )
     sentence = f"The {percent} % range held {share_text(held.share)} of {held.n} hours, {share_text(held.low)} to {share_text(held.high)} with its uncertainty{end}."
-    return Check(f"coverage_{percent}", passed, held.share, rule, sentence), held.n >= ENOUGH and not passed and not chance
+    return Check(
+        f"coverage_{percent}", passed, held.share, rule, sentence
+    ), held.n >= ENOUGH and not passed and not chance
 
 
 def share_of(flags: pd.Series) -> HitRate:
@@ -112,10 +126,17 @@ def judge_record(rows: pd.DataFrame, step: Interval, now: pd.Timestamp) -> Badge
     hours = by_hour(rows).tail(WHOLE)
     newest = rows[rows["crps"].notna() & (rows["target_open"] >= hours.index[0])] if len(hours) else rows.iloc[:0]
     n = len(hours)
-    few = f"{n} hours are scored" + ("." if n >= ENOUGH else f", {ENOUGH - n} more are needed: less than a week is luck.")
+    few = f"{n} hours are scored" + (
+        "." if n >= ENOUGH else f", {ENOUGH - n} more are needed: less than a week is luck."
+    )
     skill, no_skill = skill_check(hours)
     covers = [coverage_check(newest[f"in{percent}"], percent) for percent in BORDERS]
-    checks = [Check("enough", n >= ENOUGH, n, f"at least {ENOUGH} scored hours", few), skill, *(c for c, _ in covers), fresh_check(rows, step, now)]
+    checks = [
+        Check("enough", n >= ENOUGH, n, f"at least {ENOUGH} scored hours", few),
+        skill,
+        *(c for c, _ in covers),
+        fresh_check(rows, step, now),
+    ]
     broken = n >= ENOUGH and (no_skill or any(off for _, off in covers))
     return Badge("green" if all(c.passed for c in checks) else "red" if broken else "grey", checks)
 
@@ -138,7 +159,13 @@ def rolling_skill(hours: pd.DataFrame, days: int = 7, points: int = 365) -> list
     sums = window.sum().assign(n=window["crps"].count())
     daily = sums.groupby(sums.index.floor("D")).tail(1).tail(points)
     return [
-        {"at": utc_iso(at), "n": int(x.n), "crps/base": _ratio(x.crps, x.crps_base), "mae/naive": _ratio(x.abs_error, x.abs_error_naive), "cov80": x.in80 / x.n}
+        {
+            "at": utc_iso(at),
+            "n": int(x.n),
+            "crps/base": _ratio(x.crps, x.crps_base),
+            "mae/naive": _ratio(x.abs_error, x.abs_error_naive),
+            "cov80": x.in80 / x.n,
+        }
         for at, x in daily.iterrows()
     ]
 
@@ -175,7 +202,11 @@ class TrackRecord:
         "Plain data, ready for JSON: no NaN, text keys."
         facts = asdict(self)
         shares = {f"cov{percent}": share._asdict() for percent, share in self.coverage.items()}
-        facts |= {"coverage": shares, "hit": self.hit._asdict(), "badge": facts["badge"] | {"sentences": self.badge.sentences}}
+        facts |= {
+            "coverage": shares,
+            "hit": self.hit._asdict(),
+            "badge": facts["badge"] | {"sentences": self.badge.sentences},
+        }
         return _plain(facts)
 
 
@@ -194,7 +225,8 @@ def add_up(rows: pd.DataFrame, name: str, step: Interval, now: pd.Timestamp, ver
     issued = rows[rows["status"] == "ok"]
     scored, hours = issued[issued["crps"].notna()], by_hour(issued)
     (crps_ratio, crps_t), (mae_ratio, mae_t) = (
-        ratio_and_t(hours["crps"], hours["crps_base"]), ratio_and_t(hours["abs_error"], hours["abs_error_naive"]),
+        ratio_and_t(hours["crps"], hours["crps_base"]),
+        ratio_and_t(hours["abs_error"], hours["abs_error_naive"]),
     )
     return TrackRecord(
         pair=name,
@@ -224,21 +256,37 @@ def record_sentence(record: TrackRecord) -> str:
     if not record.n or record.crps_base is None:
         return "live record: none yet"
     gain = (1 - record.crps_base) * 100
-    than, hours = f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse", f"{record.n} hour{'s' if record.n > 1 else ''}"
+    than, hours = (
+        f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse",
+        f"{record.n} hour{'s' if record.n > 1 else ''}",
+    )
     return f"live record ({record.badge.colour}): {hours}, ranges {than} than 'no change', the 80 % range held {share_text(record.coverage[80].share)}"
 
 
 def record_rows(record: TrackRecord) -> dict[str, str]:
     "Label -> text, in the order in which a person wants to know."
     r = record
-    counts = [f"{r.n} scored", f"{r.open} open"] + ([f"{r.void} void"] if r.void else []) + ([f"{r.abstained} times abstained"] if r.abstained else [])
-    rows = {"record": f"{r.pair} {r.interval}" + (f", version {r.version}" if r.version else ""), "badge": r.badge.colour}
-    rows["hours"] = f"{r.first[:16].replace('T', ' ')} to {r.last[:16].replace('T', ' ')}: {', '.join(counts)}" if r.first else "none"
+    counts = (
+        [f"{r.n} scored", f"{r.open} open"]
+        + ([f"{r.void} void"] if r.void else [])
+        + ([f"{r.abstained} times abstained"] if r.abstained else [])
+    )
+    rows = {
+        "record": f"{r.pair} {r.interval}" + (f", version {r.version}" if r.version else ""),
+        "badge": r.badge.colour,
+    }
+    rows["hours"] = (
+        f"{r.first[:16].replace('T', ' ')} to {r.last[:16].replace('T', ' ')}: {', '.join(counts)}"
+        if r.first
+        else "none"
+    )
     if r.crps_base is not None and r.mae_naive is not None:
         rows["CRPS / base"] = f"{r.crps_base:.4f}, t = {r.crps_t:+.1f}"
         rows["MAE / last close"] = f"{r.mae_naive:.4f}, t = {r.mae_t:+.1f}"
     if r.hit.n:
-        rows["direction right"] = f"{share_text(r.hit.share)} of {r.hit.n} [{share_text(r.hit.low)}, {share_text(r.hit.high)}]"
+        rows["direction right"] = (
+            f"{share_text(r.hit.share)} of {r.hit.n} [{share_text(r.hit.low)}, {share_text(r.hit.high)}]"
+        )
     rows |= {f"inside {k} %": f"{share_text(v.share)} of {v.n}" for k, v in r.coverage.items() if v.n}
     if r.holes:
         rows["nobody answered"] = "; ".join(f"{h['hours']} h from {h['from'][:16].replace('T', ' ')}" for h in r.holes)

@@ -26,7 +26,13 @@ from ..registry.served_model import OnnxModel, RememberedModel
 from .forecast import Forecast
 from .forecasting import HeldCandles, HeldModel, forecast_pair
 from make_us_rich.serving.ledger import (
-    SCORES, base_prices, issued_forecast, load_record, record_forecast, score_row, settle_rows,
+    SCORES,
+    base_prices,
+    issued_forecast,
+    load_record,
+    record_forecast,
+    score_row,
+    settle_rows,
 )
 from .track_record import TrackRecord, add_up
 from .breaker import Demoted, circuit_breaker, why_suspended
@@ -77,7 +83,9 @@ class Verification:
     unknown: int
 
     def _repr_markdown_(self) -> str:
-        lost = f" {self.unknown} more cannot be recomputed: their versions are no longer stored." if self.unknown else ""
+        lost = (
+            f" {self.unknown} more cannot be recomputed: their versions are no longer stored." if self.unknown else ""
+        )
         return f"**{self.pair} {self.interval}**: {self.checked} forecasts on record, recomputed from closed candles, agree to {TOLERANCE:g}.{lost}"
 
     def __rich__(self) -> object:
@@ -87,21 +95,35 @@ class Verification:
 
 
 def verify_record(
-    engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, candles: CandleStore, since: pd.Timestamp | None = None
+    engine: Engine,
+    pair: str | Pair,
+    interval: str | Interval,
+    store: ModelStore,
+    candles: CandleStore,
+    since: pd.Timestamp | None = None,
 ) -> Verification:
     "Recompute the forecasts on record; `StoreError` (reason `record_differs`) lists those that come out differently."
     name, frame, step = str(Pair.parse(pair)), candles.read(pair, interval), Interval.parse(interval)
-    query = select(ForecastRow).where(ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok")
+    query = select(ForecastRow).where(
+        ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok"
+    )
     query = query.where(ForecastRow.target_open >= since) if since is not None else query
     with session(engine) as s:
         rows = list(s.scalars(query.order_by(ForecastRow.model_version, ForecastRow.target_open)))
-    models: dict[str, OnnxModel | None] = {version: _stored(store, name, str(step), version) for version in {r.model_version for r in rows}}
+    models: dict[str, OnnxModel | None] = {
+        version: _stored(store, name, str(step), version) for version in {r.model_version for r in rows}
+    }
     found = {row: difference(row, model, frame) for row in rows if (model := models[row.model_version]) is not None}
     wrong = [f"{utc_iso(row.target_open)} ({row.model_version}): {text}" for row, text in found.items() if text]
     if wrong:
         more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         head = f"{len(wrong)} of {len(found)} forecasts of {name} {step} on record differ from what closed candles and the stored model give"
-        raise StoreError(f"{head}; look for revised candles, then for another hand in the database:\n" + "\n".join(wrong[:20]) + more, "record_differs")
+        raise StoreError(
+            f"{head}; look for revised candles, then for another hand in the database:\n"
+            + "\n".join(wrong[:20])
+            + more,
+            "record_differs",
+        )
     return Verification(name, str(step), len(found), len(rows) - len(found))
 
 
@@ -122,12 +144,18 @@ class Ledger:
     def __init__(self, engine: Engine, clock: Clock = system_clock) -> None:
         self.engine, self.clock = engine, clock
 
-    def record(self, forecast: Forecast, base_quantiles: list[float] | None = None, issued_at: pd.Timestamp | None = None) -> bool:
+    def record(
+        self, forecast: Forecast, base_quantiles: list[float] | None = None, issued_at: pd.Timestamp | None = None
+    ) -> bool:
         "Write an answer down before it is shown; True if it was not there yet."
         return record_forecast(self.engine, forecast, base_quantiles, issued_at or self.clock())
 
     def issued(
-        self, pair: str | Pair, target_open: pd.Timestamp, interval: str | Interval = "1h", versions: set[str] | None = None
+        self,
+        pair: str | Pair,
+        target_open: pd.Timestamp,
+        interval: str | Interval = "1h",
+        versions: set[str] | None = None,
     ) -> ForecastRow | None:
         "The forecast on record for an hour."
         return issued_forecast(self.engine, pair, interval, target_open, versions)
@@ -136,18 +164,35 @@ class Ledger:
         "Score the open rows whose candles have closed; how many."
         return settle_rows(self.engine, pair, interval, frame, self.clock())
 
-    def rows(self, pair: str | Pair | None = None, interval: str | Interval = "1h", limit: int = 168) -> list[ForecastRow]:
+    def rows(
+        self, pair: str | Pair | None = None, interval: str | Interval = "1h", limit: int = 168
+    ) -> list[ForecastRow]:
         "The newest rows, newest first."
-        query = select(ForecastRow).where(ForecastRow.interval == str(interval)).order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc()).limit(limit)
+        query = (
+            select(ForecastRow)
+            .where(ForecastRow.interval == str(interval))
+            .order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc())
+            .limit(limit)
+        )
         with session(self.engine) as s:
             return list(s.scalars(query if pair is None else query.where(ForecastRow.pair == str(Pair.parse(pair)))))
 
     def track_record(
-        self, pair: str | Pair | None = None, since: pd.Timestamp | None = None, interval: str | Interval = "1h", version: str = ""
+        self,
+        pair: str | Pair | None = None,
+        since: pd.Timestamp | None = None,
+        interval: str | Interval = "1h",
+        version: str = "",
     ) -> TrackRecord:
         "How the forecasts turned out, over all versions served or narrowed to one."
         rows = load_record(self.engine, pair, interval, since, version)
-        return add_up(rows, "all pairs" if pair is None else str(Pair.parse(pair)), Interval.parse(interval), self.clock(), version)
+        return add_up(
+            rows,
+            "all pairs" if pair is None else str(Pair.parse(pair)),
+            Interval.parse(interval),
+            self.clock(),
+            version,
+        )
 
     def circuit_breaker(self, pair: str | Pair, interval: str | Interval, store: ModelStore) -> Demoted | None:
         "Take the champion out of service if its own live record is bad."
@@ -158,7 +203,12 @@ class Ledger:
         return why_suspended(self.engine, pair, interval, version)
 
     def verify(
-        self, pair: str | Pair, store: ModelStore, candles: CandleStore, interval: str | Interval = "1h", since: pd.Timestamp | None = None
+        self,
+        pair: str | Pair,
+        store: ModelStore,
+        candles: CandleStore,
+        interval: str | Interval = "1h",
+        since: pd.Timestamp | None = None,
     ) -> Verification:
         "Recompute the record from closed candles."
         return verify_record(self.engine, pair, interval, store, candles, since)

@@ -18,18 +18,18 @@ from tiny_model import publish, sample
 from waiting import LONG, wait_for
 
 from make_us_rich import api
+from make_us_rich.api.accounts import create_token, get_user, list_users
+from make_us_rich.api.app import create_app
+from make_us_rich.api.client import Client
 from make_us_rich.api.limits import STREAM
 from make_us_rich.api.readers import Streams
-from make_us_rich.api.app import create_app
-from make_us_rich.market.candles import SAMPLE_LABEL
-from make_us_rich.api.client import Client
 from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.serving.forecast import Forecast
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.serving.events import Event
 from make_us_rich.core.settings import SettingsError, utc_iso
-from make_us_rich.api.accounts import create_token, get_user, list_users
+from make_us_rich.market.candles import SAMPLE_LABEL
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.serving.events import Event
+from make_us_rich.serving.forecast import Forecast
 
 
 @pytest.fixture
@@ -52,9 +52,15 @@ def test_wrong_tokens_are_slowed_down_and_right_ones_are_not(world):  # F64
 
 
 def test_log_ins_are_slowed_down(world):
-    tries = [world.client(None).post("/v1/login", json={"name": "ana", "password": f"guess number {n}"}).status_code for n in range(12)]
+    tries = [
+        world.client(None).post("/v1/login", json={"name": "ana", "password": f"guess number {n}"}).status_code
+        for n in range(12)
+    ]
     assert tries == [401] * 10 + [429] * 2
-    words = {world.client(None).post("/v1/login", json={"name": name, "password": "x"}).json()["error"] for name in ("ana", "nobody")}
+    words = {
+        world.client(None).post("/v1/login", json={"name": name, "password": "x"}).json()["error"]
+        for name in ("ana", "nobody")
+    }
     assert words == {"too_many_tries"}
     world.ticks[0] += 60
     assert world.client(None).post("/v1/login", json={"name": "ana", "password": PASSWORD}).status_code == 200
@@ -62,7 +68,10 @@ def test_log_ins_are_slowed_down(world):
 
 def test_a_log_in_gives_a_token_that_lives_thirty_days(world):
     made = world.client(None).post("/v1/login", json={"name": "bob", "password": PASSWORD}).json()
-    assert (made["expires_at"], world.client(made["token"]).get("/v1/me").json()["name"]) == ("2023-12-23T19:02:00Z", "bob")
+    assert (made["expires_at"], world.client(made["token"]).get("/v1/me").json()["name"]) == (
+        "2023-12-23T19:02:00Z",
+        "bob",
+    )
 
 
 def test_a_revoked_token_ends_here_at_once_and_in_other_workers_within_a_second(world):  # F66
@@ -122,7 +131,12 @@ def test_our_faults_are_not_charged(world, monkeypatch):  # F70
 def test_not_yet_is_a_documented_503_and_free(world):
     world.service.states["BTC_USDT", "1h"].answer = None
     answer = world.client().get("/v1/forecasts/BTC_USDT")
-    assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"], world.used()) == (503, "no_forecast", "5", 0)
+    assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"], world.used()) == (
+        503,
+        "no_forecast",
+        "5",
+        0,
+    )
 
 
 @pytest.mark.parametrize("harm", ["locked", "read_only", "damaged"])
@@ -183,11 +197,21 @@ def test_odd_pairs(world, typed):  # F62, F72
         ("GET", "/v1/candles/BTC_USDT?hours=-1", {}, 422),
         ("DELETE", "/v1/me/tokens/" + "9" * 24, {}, 422),
         ("POST", "/v1/me/tokens", {"json": {"name": "a\x00b"}}, 422),
-        ("POST", "/v1/me/tokens", {"content": b'{"name": "\\ud800"}', "headers": {"content-type": "application/json"}}, 422),
+        (
+            "POST",
+            "/v1/me/tokens",
+            {"content": b'{"name": "\\ud800"}', "headers": {"content-type": "application/json"}},
+            422,
+        ),
         ("POST", "/v1/me/tokens", {"json": {"name": "phone", "role": "admin"}}, 422),
         ("POST", "/v1/me/tokens", {"json": {"name": "phone", "days": 10**24}}, 422),
         ("POST", "/v1/me/tokens", {"content": b"[" * 5000, "headers": {"content-type": "application/json"}}, 400),
-        ("POST", "/v1/me/tokens", {"content": b"{" + b" " * 20_000 + b"}", "headers": {"content-type": "application/json"}}, 413),
+        (
+            "POST",
+            "/v1/me/tokens",
+            {"content": b"{" + b" " * 20_000 + b"}", "headers": {"content-type": "application/json"}},
+            413,
+        ),
         ("PUT", "/predict", {"params": {"currency": "b'c", "compare": "usdt"}}, 422),
         ("PUT", "/predict", {"params": {"currency": "btc"}}, 422),
         ("GET", "/v1/forecasts", {"headers": {"x-padding": "y" * 100_000}}, 431),
@@ -196,7 +220,10 @@ def test_odd_pairs(world, typed):  # F62, F72
         (
             "POST",
             "/v1/login",
-            {"content": b'{"name": "ana", "password": "\\ud800\\ud800\\ud800"}', "headers": {"content-type": "application/json"}},
+            {
+                "content": b'{"name": "ana", "password": "\\ud800\\ud800\\ud800"}',
+                "headers": {"content-type": "application/json"},
+            },
             422,
         ),
     ],
@@ -230,7 +257,10 @@ def test_a_model_that_yields_nonsense_is_valid_json(world):  # F74
     )
     world.show(refused)
     answer = world.client().get("/v1/forecasts/BTC_USDT")
-    assert (answer.status_code, answer.json()["reason"]) == (200, "model_output_invalid")  # "I do not know" is a normal answer
+    assert (answer.status_code, answer.json()["reason"]) == (
+        200,
+        "model_output_invalid",
+    )  # "I do not know" is a normal answer
 
 
 def test_metrics_are_for_this_machine_and_admins(world):
@@ -262,7 +292,9 @@ def test_etags(world):
 
 def test_docs_load_nothing_from_elsewhere(world):
     page = world.client(None).get("/docs").text
-    assert not [word for word in ("<script", "<link", "<img", "url(", "@import", "https://", "http://cdn") if word in page]
+    assert not [
+        word for word in ("<script", "<link", "<img", "url(", "@import", "https://", "http://cdn") if word in page
+    ]
     schema = world.client(None).get("/openapi.json").json()
     route = schema["paths"]["/v1/forecasts/{pair}"]["get"]
     assert route["parameters"][0]["schema"]["examples"] == ["BTC_USDT"]
@@ -340,7 +372,14 @@ def test_a_stream_lasts_an_hour():
 def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
     monkeypatch.setattr(api, "PATIENCE", 0.05)
     headers = [(b"authorization", f"Bearer {world.tokens['member']}".encode())]
-    scope = {"type": "http", "method": "GET", "path": STREAM, "raw_path": STREAM.encode(), "query_string": b"", "headers": headers}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": STREAM,
+        "raw_path": STREAM.encode(),
+        "query_string": b"",
+        "headers": headers,
+    }
     places, taken = world.app.state.api.streams.places, []
 
     async def call():
@@ -403,7 +442,9 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
         assert (codes.count(200), codes.count(429), len(codes)) == (1000, 400, 1400)
         month = pd.Timestamp(now.strftime("%Y-%m-01"), tz="UTC") + pd.DateOffset(months=1)
         waits = {int(headers["retry-after"]) for code, headers in answers if code == 429}
-        assert (month - pd.Timestamp.now("UTC")).total_seconds() - 1 < min(waits) and max(waits) < (month - now).total_seconds() + 1
+        assert (month - pd.Timestamp.now("UTC")).total_seconds() - 1 < min(waits) and max(waits) < (
+            month - now
+        ).total_seconds() + 1
         with session(engine) as s:
             assert s.execute(text("SELECT used FROM usage")).scalars().all() == [1000]
         metrics = httpx.get(f"{server.url}/metrics").text  # both workers together
@@ -431,7 +472,9 @@ def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
             with socket.create_connection(("127.0.0.1", port)) as link:
                 while not stop.is_set():
                     try:
-                        link.sendall(f"GET /v1/forecasts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+                        link.sendall(
+                            f"GET /v1/forecasts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+                        )
                         got = b""
                         while not got.endswith(b'{"forecasts":[]}'):
                             part = link.recv(65536)
@@ -454,7 +497,9 @@ def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
         stop.set()
         for thread in threads:
             thread.join(LONG)
-        assert torn == [got for got in torn if got == b""], "an answer was cut"  # a connection may close between answers, never inside one
+        assert torn == [got for got in torn if got == b""], (
+            "an answer was cut"
+        )  # a connection may close between answers, never inside one
         news = b"".join(iter(lambda: stream.recv(65536), b""))
         assert news.startswith(b"HTTP/1.1 200") and news.endswith(b"\r\n0\r\n\r\n"), news[-200:]  # ended, not cut
         with pytest.raises(OSError, match="refused"):
@@ -469,13 +514,21 @@ def test_local_mode_and_its_end(tmp_path):  # F94, F100
         file = home / "local-token"
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert "local mode" in server.said.read_text() and file.read_text() not in server.said.read_text()
-        assert httpx.get(f"{server.url}/v1/me", headers={"Authorization": f"Bearer {file.read_text()}"}).json()["role"] == "admin"
+        assert (
+            httpx.get(f"{server.url}/v1/me", headers={"Authorization": f"Bearer {file.read_text()}"}).json()["role"]
+            == "admin"
+        )
         assert httpx.get(f"{server.url}/v1/me").status_code == 401
         readiness = httpx.get(f"{server.url}/readyz")
-        assert (readiness.status_code, readiness.json()["error"]) == (503, "not_ready")  # F55: no store, no model, alive
+        assert (readiness.status_code, readiness.json()["error"]) == (
+            503,
+            "not_ready",
+        )  # F55: no store, no model, alive
         assert server.stop() == 0
     with (
-        pytest.raises(AssertionError, match=r"others can reach 0.0.0.0, so at least one user .* make one with: mkrich users add"),
+        pytest.raises(
+            AssertionError, match=r"others can reach 0.0.0.0, so at least one user .* make one with: mkrich users add"
+        ),
         served(home, host="0.0.0.0"),
     ):
         pass
@@ -498,10 +551,13 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
 
         login = b"POST /v1/login HTTP/1.1\r\nHost: x\r\n"
         odd = [
-            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", login + b"Content-Length: 1000000\r\n\r\n{",
-            login + b"Transfer-Encoding: chunked\r\n\r\n", login + b"Content-Length: -1\r\n\r\n",
+            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+            login + b"Content-Length: 1000000\r\n\r\n{",
+            login + b"Transfer-Encoding: chunked\r\n\r\n",
+            login + b"Content-Length: -1\r\n\r\n",
             b"GET /v1/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
         ]
         for data in odd:
@@ -538,7 +594,15 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
         call("POST", "/v1/me/tokens", member, json={"name": member})
         call("POST", "/v1/users", tokens["admin"], json={"name": "dan", "password": "another good password"})
         call("GET", "/v1/users", tokens["admin"])
-        for path in ("/v1/forecasts", "/v1/models", "/v1/track-record", "/v1/me/tokens", "/metrics", "/docs", "/openapi.json"):
+        for path in (
+            "/v1/forecasts",
+            "/v1/models",
+            "/v1/track-record",
+            "/v1/me/tokens",
+            "/metrics",
+            "/docs",
+            "/openapi.json",
+        ):
             call("GET", path, member)
         call("GET", "/v1/me", tokens["wrong"])
         with session(engine) as s:
@@ -551,8 +615,21 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
             for table in ("users", "tokens", "usage", "audit"):
                 dump += str(s.execute(text(f"SELECT * FROM {table}")).all())
         assert len(list_users_of(engine)) == 4
-    secrets = [member, tokens["admin"], tokens["wrong"], PASSWORD, "another good password", postgresql.password, *canaries.values()]
-    places = {"log": server.log.read_text(), "said": server.said.read_text(), "pages": "\n".join(pages), "database": dump}
+    secrets = [
+        member,
+        tokens["admin"],
+        tokens["wrong"],
+        PASSWORD,
+        "another good password",
+        postgresql.password,
+        *canaries.values(),
+    ]
+    places = {
+        "log": server.log.read_text(),
+        "said": server.said.read_text(),
+        "pages": "\n".join(pages),
+        "database": dump,
+    }
     found = [(place, secret[:12]) for place, content in places.items() for secret in secrets if secret in content]
     assert found == [] and str(tmp_path) not in places["pages"]
     lines = [json.loads(line) for line in places["log"].splitlines()]
@@ -577,7 +654,12 @@ def test_from_a_published_model_to_a_client(tmp_path, monkeypatch):
             client = Client(server.url, (home / "local-token").read_text())
             wait_for(lambda: httpx.get(f"{server.url}/readyz", timeout=LONG).status_code == 200, what="a ready service")
             forecast = client.forecast("btc-usdt")
-            assert (forecast.status, forecast.model_version, forecast.as_of, forecast.label) == ("ok", first, utc_iso(closed), SAMPLE_LABEL)
+            assert (forecast.status, forecast.model_version, forecast.as_of, forecast.label) == (
+                "ok",
+                first,
+                utc_iso(closed),
+                SAMPLE_LABEL,
+            )
             assert client.candles("BTC_USDT", 24)["timestamp"].iloc[-1] + pd.Timedelta("1h") == closed  # no open candle
             assert client.track_record("BTC_USDT")["n"] == 0
             with pytest.raises(SettingsError, match="has no earlier champion"):
@@ -598,11 +680,16 @@ def test_from_a_published_model_to_a_client(tmp_path, monkeypatch):
             assert client.forecast("BTC_USDT") == forecast  # this hour's answer stays
             assert client.rollback("BTC_USDT", "too narrow") == first
             assert client.update_models() == ["BTC_USDT"]
-            assert (len(exchange.calls), client.me()["used"]) == (calls, used + 2)  # the stream and the forecast; no exchange call
+            assert (len(exchange.calls), client.me()["used"]) == (
+                calls,
+                used + 2,
+            )  # the stream and the forecast; no exchange call
             assert 'mur_inference_seconds_count{pair="BTC_USDT"}' in httpx.get(f"{server.url}/metrics").text
             client.close()
             assert server.stop() == 0
     engine = connect(f"sqlite:///{home / 'mkrich.db'}")
     with session(engine) as s:
-        assert s.execute(text("SELECT actor, target FROM audit WHERE action = 'model.rollback'")).all() == [("local", "BTC_USDT")]
+        assert s.execute(text("SELECT actor, target FROM audit WHERE action = 'model.rollback'")).all() == [
+            ("local", "BTC_USDT")
+        ]
     engine.dispose()

@@ -10,10 +10,10 @@ from api_kit import PASSWORD, make_world
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from make_us_rich.api.routing import GuardedRoute
-from make_us_rich.core.tables import Audit
-from make_us_rich.core.database import session
 from make_us_rich.api.accounts import Limiter, add_user, create_token
+from make_us_rich.api.routing import GuardedRoute
+from make_us_rich.core.database import session
+from make_us_rich.core.tables import Audit
 
 # (method, path): (access, a call that is right but for the caller)
 ROUTES = {
@@ -70,7 +70,9 @@ def world(tmp_path_factory):
 
 def test_the_table_names_every_route(world):
     found = {(method, route.path): route.access for route in world.app.routes for method in route.methods}
-    assert found == {key: access for key, (access, _) in ROUTES.items()}, "declare the route, its access and its right call in ROUTES"
+    assert found == {key: access for key, (access, _) in ROUTES.items()}, (
+        "declare the route, its access and its right call in ROUTES"
+    )
     assert all(type(route) is GuardedRoute for route in world.app.routes)
 
 
@@ -82,7 +84,9 @@ def call(world, who, method, path, options, **headers):
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_who_gets_in(world, method, path):
     access, options = ROUTES[method, path]
-    strangers = [call(world, None, method, path, options)] + [call(world, who, method, path, options) for who in BAD_TOKENS]
+    strangers = [call(world, None, method, path, options)] + [
+        call(world, who, method, path, options) for who in BAD_TOKENS
+    ]
     strangers.append(call(world, None, method, path, options, Authorization="Basic Ym9iOg=="))
     member, admin = call(world, "member", method, path, options), call(world, "admin", method, path, options)
     if access == "public":
@@ -104,7 +108,9 @@ def test_a_token_in_the_url_is_refused_everywhere(world, method, path):
         assert (answer.status_code, answer.json()["error"]) == (401, "token_in_url")
 
 
-@pytest.mark.parametrize(("method", "path"), [key for key, (access, _) in ROUTES.items() if access not in ("public", "local")])
+@pytest.mark.parametrize(
+    ("method", "path"), [key for key, (access, _) in ROUTES.items() if access not in ("public", "local")]
+)
 def test_a_broken_body_says_nothing_to_strangers(world, method, path):
     for content in (b"{", b"\xff\xfe", b'{"x": NaN}'):
         answer = call(world, None, method, path, {"content": content, "headers": {"Content-Type": "application/json"}})
@@ -117,7 +123,11 @@ def test_a_member_at_an_admin_route_leaves_a_line_and_no_effect(world):  # F71
     for _ in range(30):
         assert world.client().post("/v1/users", json={"name": "mallory", "role": "admin"}).status_code == 403
     with session(world.engine) as s:
-        lines = s.query(Audit).filter(Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob").count()
+        lines = (
+            s.query(Audit)
+            .filter(Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob")
+            .count()
+        )
     assert len(world.client("admin").get("/v1/users").json()["users"]) == before
     assert 10 <= lines <= 11  # ten a minute are enough evidence
 
@@ -132,7 +142,9 @@ def test_schemathesis(world):
     headers = {"Authorization": f"Bearer {raw}"}
     schema = schemathesis.openapi.from_asgi("/openapi.json", world.app)
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert {operation.label for operation in operations} == {f"{method} {path}" for method, path in ROUTES} - {"GET /openapi.json"}
+    assert {operation.label for operation in operations} == {f"{method} {path}" for method, path in ROUTES} - {
+        "GET /openapi.json"
+    }
     takes = [operation for operation in operations if operation.path_parameters or operation.query or operation.body]
     modes = [(operation, GenerationMode.POSITIVE) for operation in operations] + [
         (operation, GenerationMode.NEGATIVE) for operation in takes
@@ -141,7 +153,11 @@ def test_schemathesis(world):
 
     def run(operation, mode):
         @settings(
-            max_examples=-(-cases // len(modes)), deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+            max_examples=-(-cases // len(modes)),
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
         @given(case=operation.as_strategy(generation_mode=mode))

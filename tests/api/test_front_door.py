@@ -14,8 +14,8 @@ from dash_kit import Stage, make_stage, page_server
 from servers import free_port
 from waiting import LONG, wait_for
 
-from make_us_rich.core.database import session
 from make_us_rich.api.accounts import Limiter, get_user, list_tokens
+from make_us_rich.core.database import session
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx" / "make-us-rich.conf"
 WAIT = 1000 * LONG
@@ -27,7 +27,9 @@ client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path 
 
 
 def needed(*programs: str) -> str:
-    found = next((path for name in programs if (path := shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin"))), None)
+    found = next(
+        (path for name in programs if (path := shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin"))), None
+    )
     if found is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
             f"this needs {programs[0]}; install it with: apt-get install {programs[0]}"
@@ -55,7 +57,11 @@ def door(stage, folder) -> Iterator[str]:
     "The address of nginx, before the API of the stage and a page server."
     program, port = needed("nginx"), free_port()
     with page_server(stage, viewers=8, idle=600) as page:
-        text = CONFIG.read_text().replace("127.0.0.1:8750", f"127.0.0.1:{stage.settings.port}").replace("127.0.0.1:8866", page.url[7:-1])
+        text = (
+            CONFIG.read_text()
+            .replace("127.0.0.1:8750", f"127.0.0.1:{stage.settings.port}")
+            .replace("127.0.0.1:8866", page.url[7:-1])
+        )
         text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace(
             "/var/log/nginx/make-us-rich.log", str(folder / "access.log")
         )
@@ -93,9 +99,16 @@ def test_strangers_see_the_log_in_page_and_nothing_else(door, stage):
         assert (answer.status_code, answer.headers["location"]) == (303, f"{door}/session/login")
         form = stranger.get("/session/login")
         assert (
-            form.status_code == 200 and 'type="password"' in form.text and "form-action 'self'" in form.headers["content-security-policy"]
+            form.status_code == 200
+            and 'type="password"' in form.text
+            and "form-action 'self'" in form.headers["content-security-policy"]
         )
-        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x" * 22 + "=="}
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "x" * 22 + "==",
+        }
         for path in ("/voila/static/voila.js", "/api/kernels", "/static/main.js", "/voila/render/x.ipynb", "/?token=x"):
             assert stranger.get(path).status_code in (401, 303), path
         assert stranger.get("/api/kernels/x/channels", headers=upgrade).status_code == 401
@@ -187,7 +200,10 @@ def test_a_browser_goes_through(door, stage):
         page = browser.new_page()
         page.set_default_timeout(WAIT)
         sockets: list[str] = []
-        page.on("request", lambda r: outside.append(r.url) if r.url.startswith("http") and not r.url.startswith(door) else None)
+        page.on(
+            "request",
+            lambda r: outside.append(r.url) if r.url.startswith("http") and not r.url.startswith(door) else None,
+        )
         page.on("websocket", lambda w: sockets.append(w.url))
         page.goto(door)
         assert page.url == f"{door}/session/login"
@@ -198,8 +214,14 @@ def test_a_browser_goes_through(door, stage):
         page.get_by_label("Name").fill("bob")
         page.get_by_label("Password").fill(PASSWORD)
         page.get_by_role("button", name="Log in").click()
-        page.wait_for_selector(".mur-chart[data-drawn] .boxlayer path")  # the chart is drawn by what comes over the socket
-        assert page.url == f"{door}/" and sockets and all(re.match(r"ws://127\.0\.0\.1:\d+/api/kernels/", url) for url in sockets)
+        page.wait_for_selector(
+            ".mur-chart[data-drawn] .boxlayer path"
+        )  # the chart is drawn by what comes over the socket
+        assert (
+            page.url == f"{door}/"
+            and sockets
+            and all(re.match(r"ws://127\.0\.0\.1:\d+/api/kernels/", url) for url in sockets)
+        )
         assert "bob" in page.inner_text("header")
         assert page.evaluate("document.cookie").find("mur_session") < 0
         if picture := os.environ.get("PICTURE"):

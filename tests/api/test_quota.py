@@ -12,13 +12,21 @@ from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import select, text
 from waiting import LONG
 
-from make_us_rich.core.tables import Audit, Usage, User
-from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.core.settings import AuthError, MakeUsRichError, SettingsError
 from make_us_rich.api.accounts import (
-    add_user, count_call, create_token, find_token, revoke_token, set_disabled, set_password, uncount_call, usage,
+    add_user,
+    count_call,
+    create_token,
+    find_token,
+    revoke_token,
+    set_disabled,
+    set_password,
+    uncount_call,
+    usage,
     verify_password,
 )
+from make_us_rich.core.database import connect, migrate, session
+from make_us_rich.core.settings import AuthError, MakeUsRichError, SettingsError
+from make_us_rich.core.tables import Audit, Usage, User
 
 NOVEMBER = pd.Timestamp("2026-11-30T23:59:59.9Z")
 DECEMBER = pd.Timestamp("2026-12-01T00:00:00Z")
@@ -119,7 +127,9 @@ def test_the_month_ends_in_the_middle_of_the_load(engine):
     taken = run_load(engine, 700, turn=300)
     for month, name in ((11, "2026-11"), (12, "2026-12")):
         counters = sorted(used for each, used in taken if each == month)
-        assert counters == list(range(1, rows(engine)[name] + 1)), name  # none lost, none twice: no reset happened to either
+        assert counters == list(range(1, rows(engine)[name] + 1)), (
+            name
+        )  # none lost, none twice: no reset happened to either
     assert 300 <= rows(engine)["2026-11"] <= 700
     assert rows(engine)["2026-12"] == 700
 
@@ -291,7 +301,11 @@ def test_the_database_fails_closed(engine):
 
     def hold(ready):
         with engine.connect() as other:
-            lock = "BEGIN EXCLUSIVE" if engine.dialect.name == "sqlite" else "LOCK TABLE usage, tokens IN ACCESS EXCLUSIVE MODE"
+            lock = (
+                "BEGIN EXCLUSIVE"
+                if engine.dialect.name == "sqlite"
+                else "LOCK TABLE usage, tokens IN ACCESS EXCLUSIVE MODE"
+            )
             other.exec_driver_sql(lock)
             ready.set()
             done.wait(LONG)

@@ -17,7 +17,10 @@ MKRICH = str(Path(sys.executable).parent / "mkrich")
 
 @pytest.fixture(scope="module")
 def exchange():
-    frames = {"BTC_USDT": load_sample(), "NEW_USDT": fake_candles(120, start="2023-12-27")}  # the last candle is open: 119 closed
+    frames = {
+        "BTC_USDT": load_sample(),
+        "NEW_USDT": fake_candles(120, start="2023-12-27"),
+    }  # the last candle is open: 119 closed
     with ReplayServer(frames, now="2023-12-31T23:30Z", label=SAMPLE_LABEL) as server:
         yield server
 
@@ -30,7 +33,12 @@ def home(tmp_path_factory):
 def mkrich(*args, home, url="", **env):
     "Run the command; asserts that no traceback is shown and that every failure says something."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")}
-    environment |= {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "MUR_HOME": str(home / "store"),
+        "MUR_RUNS": str(home / "runs"),
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= ({"MUR_EXCHANGE_URL": url} if url else {}) | env
     done = subprocess.run([MKRICH, *args], env=environment, capture_output=True, text=True, cwd=home)
     assert "Traceback" not in done.stdout + done.stderr or "--debug" in args, done.stderr
@@ -60,16 +68,25 @@ def test_train_publishes(trained, home):
 def test_again_is_skipped_and_one_bad_pair_stops_no_other(trained, exchange, home):
     done = mkrich("train", "NOSUCH_USDT", "btc/usdt", "--set", "members=1", home=home, url=exchange.url)
     assert done.returncode == 3 and done.stderr.count("mkrich: ") == 1 and "NOSUCH" in done.stderr
-    assert "BTC_USDT skipped 20231231T230000Z-" in done.stdout and "no closed candle after 2023-12-31T23:00:00Z and the same recipe" in done.stdout
+    assert (
+        "BTC_USDT skipped 20231231T230000Z-" in done.stdout
+        and "no closed candle after 2023-12-31T23:00:00Z and the same recipe" in done.stdout
+    )
     listed = mkrich("runs", home=home, COLUMNS="200").stdout.splitlines()[1:]
-    assert [line.split()[3] for line in listed] == ["NOSUCH_USDT", "BTC_USDT"] and "no_data: " in listed[0] and " published " in listed[1]
+    assert (
+        [line.split()[3] for line in listed] == ["NOSUCH_USDT", "BTC_USDT"]
+        and "no_data: " in listed[0]
+        and " published " in listed[1]
+    )
 
 
 def test_the_page_of_a_run(trained, home):
     (page,) = (home / "runs" / "BTC_USDT").glob("*/train.html")
     assert f"report: {page}" in trained.stdout
     assert "<script" not in page.read_text() and "historical sample" in page.read_text()
-    network, har_t = (home / "store" / "models" / "BTC_USDT" / "1h").glob("*/run.html")  # the run published its fallback as well
+    network, har_t = (home / "store" / "models" / "BTC_USDT" / "1h").glob(
+        "*/run.html"
+    )  # the run published its fallback as well
     assert network.read_bytes() == har_t.read_bytes() == page.read_bytes()
     beside = network
     assert json.loads((beside.parent / "manifest.json").read_text())["page"] == "run.html"
@@ -90,7 +107,15 @@ def test_forecast_table(trained, exchange, home):
     done = mkrich("forecast", "BTC_USDT", home=home, url=exchange.url)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    wanted = ("last close 42,257.88", "50 % range", "80 % range", "95 % range", "P(up)", "2023-12-31 23:00 to 00:00 UTC", "none yet")
+    wanted = (
+        "last close 42,257.88",
+        "50 % range",
+        "80 % range",
+        "95 % range",
+        "P(up)",
+        "2023-12-31 23:00 to 00:00 UTC",
+        "none yet",
+    )
     for text in wanted:
         assert text in said, done.stdout
     assert "historical sample" in done.stdout and "\x1b[" not in done.stdout
@@ -109,7 +134,12 @@ def test_forecast_json_agrees_with_the_notebook(trained, exchange, home):
 
 def test_models_and_rollback(trained, exchange, home):
     done = mkrich("models", home=home)
-    assert done.returncode == 0 and "champion" in done.stdout and "passed" in done.stdout and "20231231T230000Z-" in done.stdout
+    assert (
+        done.returncode == 0
+        and "champion" in done.stdout
+        and "passed" in done.stdout
+        and "20231231T230000Z-" in done.stdout
+    )
     assert "HAR-t" in done.stdout  # the fallback that the pair's first run publishes before its network
     back = mkrich("rollback", "BTC_USDT", home=home)
     assert back.returncode == 0 and "is served by 20231231T230000Z-" in back.stdout
@@ -122,7 +152,11 @@ def test_models_and_rollback(trained, exchange, home):
 def test_exchange_down_uses_stored_candles_and_their_age(trained, home):
     done = mkrich("forecast", "BTC_USDT", home=home, url="http://127.0.0.1:9")
     assert done.returncode == 3
-    assert "no forecast" in done.stdout and "days old" in " ".join(done.stdout.split()) and "MUR_EXCHANGE_URL" in done.stdout
+    assert (
+        "no forecast" in done.stdout
+        and "days old" in " ".join(done.stdout.split())
+        and "MUR_EXCHANGE_URL" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +168,11 @@ def test_exchange_down_uses_stored_candles_and_their_age(trained, home):
         (["train", "BTC_USDT", "--histroy-days", "3"], 2, "No such option"),
         (["train", "BTC_USDT", "--deadline", "-1"], 2, "MUR_DEADLINE"),
         (["train"], 2, "Missing argument"),
-        (["forecast", "ETH_USDT"], 3, "no model of ETH_USDT 1h is published yet; train one with `mkrich train ETH_USDT`"),
+        (
+            ["forecast", "ETH_USDT"],
+            3,
+            "no model of ETH_USDT 1h is published yet; train one with `mkrich train ETH_USDT`",
+        ),
         (["models", "ETH_USDT"], 3, "no model of ETH_USDT is published yet"),
         (["candles", "NOSUCH_USDT"], 3, "NOSUCH"),
         (["rollback", "BTC_USDT", "--to", "yesterday"], 1, "a version looks like"),
@@ -144,7 +182,9 @@ def test_exchange_down_uses_stored_candles_and_their_age(trained, home):
 )
 def test_wrong_input_is_one_sentence(args, code, sentence, exchange, tmp_path):
     done = mkrich(*args, home=tmp_path, url=exchange.url, COLUMNS="200")
-    assert (done.returncode, sentence in " ".join((done.stdout + done.stderr).split())) == (code, True), done.stdout + done.stderr
+    assert (done.returncode, sentence in " ".join((done.stdout + done.stderr).split())) == (code, True), (
+        done.stdout + done.stderr
+    )
     assert not (tmp_path / "runs" / "BTC_USDT").exists()
 
 
@@ -173,7 +213,9 @@ def test_misspelt_setting_and_broken_store(exchange, tmp_path):  # F92, F48
     (version / "model.onnx").write_bytes(b"half")
     (version.parent / "champion.json").write_bytes(b"{")
     done = mkrich("forecast", "BTC_USDT", home=tmp_path, url=exchange.url)
-    assert done.returncode == 1 and "champion.json is damaged" in done.stderr and "mkrich rollback BTC_USDT" in done.stderr
+    assert (
+        done.returncode == 1 and "champion.json is damaged" in done.stderr and "mkrich rollback BTC_USDT" in done.stderr
+    )
     file = tmp_path / "no folder"
     file.write_text("")
     done = mkrich("models", home=tmp_path, MUR_HOME=str(file))
@@ -189,14 +231,22 @@ def test_unexpected_error_and_debug(tmp_path):
 
 
 def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
-    from make_us_rich import cli, run_ledger
+    from make_us_rich import run_ledger
 
-    refused = Outcome(state="refused", exit_class="refused", reason="The 80 % range held 61.0 % of the hours", run_id="r", pair="BTC_USDT",
-                      interval="1h", cutoff="", recipe="default")
+    refused = Outcome(
+        state="refused",
+        exit_class="refused",
+        reason="The 80 % range held 61.0 % of the hours",
+        run_id="r",
+        pair="BTC_USDT",
+        interval="1h",
+        cutoff="",
+        recipe="default",
+    )
     monkeypatch.setattr(run_ledger, "run_recorded", lambda *a, **k: refused)
     monkeypatch.setenv("MUR_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as end:
-        output.main(["train", "BTC_USDT"])
+        main.main(["train", "BTC_USDT"])
     assert end.value.code == 4
     assert "BTC_USDT refused" in (out := capsys.readouterr().out) and "61.0 %" in out
 
@@ -212,12 +262,19 @@ def test_doctor(exchange, tmp_path):
     done = mkrich("doctor", home=tmp_path, url=exchange.url)
     assert done.returncode == 0, done.stdout
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[1] for line in lines if line and line[0] in ("ok", "warn")][:4] == ["python", "libraries", "home", "disk"]
+    assert [line[1] for line in lines if line and line[0] in ("ok", "warn")][:4] == [
+        "python",
+        "libraries",
+        "home",
+        "disk",
+    ]
     done = mkrich("doctor", home=tmp_path, url="http://127.0.0.1:9")
     assert done.returncode == 1 and "fail  exchange" in done.stdout
 
 
 def test_a_reader_that_stops_is_no_error(trained, home):
     command = f"{MKRICH} models | head -1"
-    done = subprocess.run(["bash", "-c", command], env=os.environ | {"MUR_HOME": str(home / "store")}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"MUR_HOME": str(home / "store")}, capture_output=True, text=True
+    )
     assert "BrokenPipe" not in done.stderr and done.stdout

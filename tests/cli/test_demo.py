@@ -54,7 +54,9 @@ def python(tmp_path_factory):
     venv.create(prefix, symlinks=True)
     for name, version in lock.items():
         installed = distribution(name)
-        assert installed.version == version, f"{name} {installed.version} is installed, the lock says {version}; renew the environment with make"
+        assert installed.version == version, (
+            f"{name} {installed.version} is installed, the lock says {version}; renew the environment with make"
+        )
         link(installed, prefix)
     for name in brought_by("torch", set(locked("dev"))):
         link(distribution(name), prefix)

@@ -23,11 +23,11 @@ from waiting import LONG, wait_for
 
 from make_us_rich.cli.up import DEMO_PLAN, DEMO_START
 from make_us_rich.core.database import connect, migrate
+from make_us_rich.core.settings import get_settings
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.train import plan_run
 from make_us_rich.schedule.plan import read_plan
-from make_us_rich.core.settings import get_settings
 
 MKRICH = str(Path(sys.executable).parent / "mkrich")
 HOUR = pd.Timedelta("1h")
@@ -98,7 +98,9 @@ class Up:
 @pytest.fixture
 def demo(tmp_path):
     "A demo whose pairs have a (tiny) model already, so that nothing is trained."
-    settings = get_settings(home=tmp_path / "store" / "up-demo", runs=tmp_path / "runs" / "up-demo", exchange_url="http://127.0.0.1:9")
+    settings = get_settings(
+        home=tmp_path / "store" / "up-demo", runs=tmp_path / "runs" / "up-demo", exchange_url="http://127.0.0.1:9"
+    )
     store, engine = ModelStore(settings.store_url), connect(settings.db_url)
     migrate(engine)
     ledger = RunLedger(engine)
@@ -141,7 +143,9 @@ def test_a_life(demo):
     assert status == 200 and b"Make Us Rich" in page
 
     again = [MKRICH, "up", "--demo", "--port", str(free_port()), "--api-port", str(free_port())]
-    second = subprocess.run(again, capture_output=True, text=True, timeout=LONG, env=os.environ | {"MUR_HOME": str(up.folder / "store")})
+    second = subprocess.run(
+        again, capture_output=True, text=True, timeout=LONG, env=os.environ | {"MUR_HOME": str(up.folder / "store")}
+    )
     assert (second.returncode, second.stdout) == (2, "") and "another `mkrich up` runs on" in second.stderr
 
     os.kill(up.part("_voila"), signal.SIGKILL)
@@ -151,9 +155,13 @@ def test_a_life(demo):
     )
     (server,) = [pid for pid in up.family() if up.api in listening(pid)]
     os.kill(server, signal.SIGKILL)
-    wait_for(lambda: "the API has died (signal 9)" in up.said() and get(f"{api}/readyz")[0] == 200, what="the API is back")
+    wait_for(
+        lambda: "the API has died (signal 9)" in up.said() and get(f"{api}/readyz")[0] == 200, what="the API is back"
+    )
 
-    assert len(up.family()) >= 5 and "running" not in {row.state for row in RunLedger(connect(f"sqlite:///{up.home / 'mkrich.db'}")).rows()}
+    assert len(up.family()) >= 5 and "running" not in {
+        row.state for row in RunLedger(connect(f"sqlite:///{up.home / 'mkrich.db'}")).rows()
+    }
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(LONG) == 0, up.said()
     assert up.said().rstrip().endswith("stopping") and "Traceback" not in up.said()
@@ -184,7 +192,9 @@ def test_nothing_outlives_a_killed_caretaker(demo):
 def test_sigterm_while_it_starts(tmp_path):
     up = Up(tmp_path, "--demo")
     try:
-        wait_for(lambda: "fetching candles" in up.said(), what="the first training begins")  # an empty folder: it trains first
+        wait_for(
+            lambda: "fetching candles" in up.said(), what="the first training begins"
+        )  # an empty folder: it trains first
         up.process.terminate()
         assert up.process.wait(LONG) == 0, up.said()
         assert up.process.stdout.read() == "" and "Traceback" not in up.said()
@@ -195,10 +205,15 @@ def test_sigterm_while_it_starts(tmp_path):
 
 def test_nobody_trains_without_an_exchange(tmp_path):
     "Live, no model yet, and no network: one sentence, and nothing is left running."
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")} | {"UP_MARK": (mark := secrets.token_hex(8))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")} | {
+        "UP_MARK": (mark := secrets.token_hex(8))
+    }
     env |= {"MUR_HOME": str(tmp_path / "s"), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"}
     command = [MKRICH, "up", "BTC_USDT", "--port", str(free_port()), "--api-port", str(free_port())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
-    assert "the first training has failed (exit status 1), see above; try again, or look at `mkrich up --demo`" in done.stderr
+    assert (
+        "the first training has failed (exit status 1), see above; try again, or look at `mkrich up --demo`"
+        in done.stderr
+    )
     assert family(mark) == {}

@@ -20,9 +20,9 @@ from sqlalchemy import inspect, select, text
 from waiting import LONG
 
 from make_us_rich.core import database
-from make_us_rich.core.tables import Base, Demotion, ForecastRow, Token, Usage, User
 from make_us_rich.core.database import alembic_config, connect, insert_into, migrate, ping, session
 from make_us_rich.core.settings import StoreError
+from make_us_rich.core.tables import Base, Demotion, ForecastRow, Token, Usage, User
 
 NOON = pd.Timestamp("2026-11-23T12:00:00.000001Z")
 SPAWN = multiprocessing.get_context("forkserver")
@@ -153,7 +153,9 @@ def test_moments_are_aware_and_utc_on_both(engine):
         back = s.scalars(select(User.created_at).order_by(User.id)).all()
         assert [str(t.tzinfo) for t in back] == ["UTC"] * 4
         assert back == [pd.Timestamp(t).tz_convert("UTC").floor("us") for t in given]
-        found = s.scalars(select(User.name).where(User.created_at >= pd.Timestamp("2026-11-23T12:00Z")).order_by(User.created_at)).all()
+        found = s.scalars(
+            select(User.name).where(User.created_at >= pd.Timestamp("2026-11-23T12:00Z")).order_by(User.created_at)
+        ).all()
         assert found == ["u0", "u3"]
     sentence = "a time in the database carries its zone, 2026-11-23 00:00:00 has none"
     with pytest.raises(StoreError, match=sentence), session(engine) as s:
@@ -173,10 +175,21 @@ def test_a_forecast_keeps_every_bit_and_is_written_once(engine):
         s.add(row(quantiles=quantiles, last_close=0.1 + 0.2, crps=1e-17, in50=False))
     with session(engine) as s:
         kept = s.scalars(select(ForecastRow)).one()
-        assert (kept.quantiles, kept.last_close, kept.crps, kept.in50, kept.in80) == (quantiles, 0.1 + 0.2, 1e-17, False, None)
+        assert (kept.quantiles, kept.last_close, kept.crps, kept.in50, kept.in80) == (
+            quantiles,
+            0.1 + 0.2,
+            1e-17,
+            False,
+            None,
+        )
         assert s.scalar(select(ForecastRow.id).where(ForecastRow.base_quantiles.is_(None))) == kept.id
         again = {c.key: getattr(kept, c.key) for c in ForecastRow.__table__.columns if c.key != "id"}
-        assert s.execute(insert_into(s, ForecastRow).values(**again).on_conflict_do_nothing().returning(ForecastRow.id)).first() is None
+        assert (
+            s.execute(
+                insert_into(s, ForecastRow).values(**again).on_conflict_do_nothing().returning(ForecastRow.id)
+            ).first()
+            is None
+        )
 
     def twice(version):
         with session(engine) as s:
@@ -196,10 +209,14 @@ def test_not_finite_and_foreign_values_are_refused_alike(engine):
     sentence_of(lambda: add(row(crps=float("inf"))), "database_unfit")
     sentence_of(lambda: add(row(run_id="half a character \ud800")), "database_unfit")
     sentence_of(lambda: add(User(name="ana", role="member", monthly_calls=10**24, created_at=NOON)), "database_unfit")
-    sentence_of(lambda: add(Token(user_id=99, name="t", prefix="p", sha256="canary", created_at=NOON)), "database_conflict")
+    sentence_of(
+        lambda: add(Token(user_id=99, name="t", prefix="p", sha256="canary", created_at=NOON)), "database_conflict"
+    )
     add_user(engine)
     sentence_of(lambda: add(Usage(user_id=1, month="2026-11", used=-1)), "database_conflict")
-    sentence_of(lambda: add(Demotion(pair="BTC_USDT", interval="1h", at=NOON)), "database_conflict")  # without its other columns
+    sentence_of(
+        lambda: add(Demotion(pair="BTC_USDT", interval="1h", at=NOON)), "database_conflict"
+    )  # without its other columns
 
 
 def test_what_did_not_finish_did_not_happen(engine):
@@ -318,7 +335,9 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path):
     engine = connect(f"sqlite:///{tmp_path / 'mkrich.db'}", connections=1)
     migrate(engine)
     with engine.connect() as connection:
-        connection.exec_driver_sql(f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar() + 2}")
+        connection.exec_driver_sql(
+            f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar() + 2}"
+        )
 
     def fill():
         for n in range(1000):
@@ -388,7 +407,9 @@ def test_a_connection_lost_within_a_session_is_said_once(postgresql):  # noqa: F
         with session(engine) as s:
             s.scalars(select(User)).all()
             with psycopg.connect(postgresql.url(), autocommit=True) as admin:
-                admin.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{engine.url.database}'")
+                admin.execute(
+                    f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{engine.url.database}'"
+                )
             s.add(User(name="ana", role="member", created_at=NOON))
 
     sentence_of(cut_off, "database_unreachable")
@@ -408,5 +429,7 @@ def test_importing_the_database_opens_and_imports_nothing_heavy():
     import sys
 
     code = "import sys, make_us_rich.database; print([m for m in ('torch', 'alembic', 'psycopg', 'fastapi') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
     assert database.MIGRATION_WAIT > 5

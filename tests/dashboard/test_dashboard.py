@@ -21,9 +21,9 @@ from api_kit import PASSWORD
 from dash_kit import HOUR, Stage, make_stage, page_server
 from waiting import LONG, wait_for
 
-from make_us_rich.dashboard.server import Running
-from make_us_rich.core.settings import utc_iso
 from make_us_rich.core.kernels import KERNEL_NAME
+from make_us_rich.core.settings import utc_iso
+from make_us_rich.dashboard.server import Running
 
 MISSING = "these tests need Chromium and found none; install it with: apt-get install chromium"
 CANDLES = ".mur-chart .boxlayer path"
@@ -71,7 +71,12 @@ def public(stage) -> Iterator[Running]:
         yield running
 
 
-INSIDE = {"Forecast": "It is not advice to trade", "Track record": "The last 50 forecasts", "Account": "Your tokens", "Admin": "Health of the data"}
+INSIDE = {
+    "Forecast": "It is not advice to trade",
+    "Track record": "The last 50 forecasts",
+    "Account": "Your tokens",
+    "Admin": "Health of the data",
+}
 
 
 @dataclass
@@ -94,7 +99,9 @@ class Viewer:
     def tab(self, name: str) -> None:
         "Turn to a view, and wait until what it asked for is there."
         self.page.get_by_role("button", name=name, exact=True).first.click()
-        self.until(f"[...document.querySelectorAll('.mur-nav button')].find(b => b.innerText === {json.dumps(name)}).classList.contains('mod-active')")
+        self.until(
+            f"[...document.querySelectorAll('.mur-nav button')].find(b => b.innerText === {json.dumps(name)}).classList.contains('mod-active')"
+        )
         self.says(INSIDE[name])
 
 
@@ -108,7 +115,11 @@ def viewer(browser, running: Running, width: int = 1280, chart: bool = True, **o
     here = urlsplit(address).netloc
     seen.page.on(
         "request",
-        lambda r: urlsplit(r.url).scheme in ("http", "https", "ws") and urlsplit(r.url).netloc != here and seen.outside.append(r.url),
+        lambda r: (
+            urlsplit(r.url).scheme in ("http", "https", "ws")
+            and urlsplit(r.url).netloc != here
+            and seen.outside.append(r.url)
+        ),
     )
     seen.page.on("pageerror", lambda e: seen.errors.append(str(e)))
     try:
@@ -252,7 +263,10 @@ def test_abstention_and_markup(browser, local, stage):
             one.says("No forecast for this hour")
             assert evil in one.text() and one.page.evaluate("window.bad") is None
             names = one.page.locator(".mur-chart").first.evaluate("box => box.data.map(t => t.name)")
-            assert not [name for name in names if name.startswith("next hour")] and one.page.locator(CANDLES).count() == 120
+            assert (
+                not [name for name in names if name.startswith("next hour")]
+                and one.page.locator(CANDLES).count() == 120
+            )
             assert "no forecast for this hour" in one.page.locator("[data-pair=BTC_USDT]").inner_text()
     finally:
         stage.show(before)
@@ -338,7 +352,9 @@ def test_log_in(browser, public, stage):
         one.says("not valid")
         assert PASSWORD not in one.page.content()
         assert kernels(public) == 1
-    wait_for(lambda: kernels(public) == 0, what="the end of the process of a closed tab, long before its quiet time is over")
+    wait_for(
+        lambda: kernels(public) == 0, what="the end of the process of a closed tab, long before its quiet time is over"
+    )
 
 
 def test_limit(browser, public):
@@ -378,11 +394,8 @@ def test_what_a_viewer_cannot_do(browser, local, stage):
             "files/dashboard.ipynb",
         ):
             answer = http.get(local.url + path)
-            assert (
-                answer.status_code in (403, 404)
-                or ("open_dashboard" not in answer.text
-                and "root:" not in answer.text
-                and '"id"' not in answer.text[:300])
+            assert answer.status_code in (403, 404) or (
+                "open_dashboard" not in answer.text and "root:" not in answer.text and '"id"' not in answer.text[:300]
             ), path
         assert "open_dashboard" not in page and "Traceback" not in page and stage.tokens["admin"] not in page
         assert "makeusrich" in http.get(f"{local.url}?template=lab").text  # no other template can be asked for
@@ -420,9 +433,25 @@ async def _attack(local: Running, kernel: str, cookie: str) -> None:
     }
     for channel in ("shell", "control", "stdin"):
         for kind, content in codes.items():
-            header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "username": "", "session": "s", "date": "", "version": "5.3"}
+            header = {
+                "msg_id": uuid.uuid4().hex,
+                "msg_type": kind,
+                "username": "",
+                "session": "s",
+                "date": "",
+                "version": "5.3",
+            }
             await socket.write_message(
-                json.dumps({"channel": channel, "header": header, "parent_header": {}, "metadata": {}, "content": content, "buffers": []})
+                json.dumps(
+                    {
+                        "channel": channel,
+                        "header": header,
+                        "parent_header": {},
+                        "metadata": {},
+                        "content": content,
+                        "buffers": [],
+                    }
+                )
             )
     replies = set()
     try:
@@ -434,7 +463,9 @@ async def _attack(local: Running, kernel: str, cookie: str) -> None:
                 replies.add(json.loads(message)["msg_type"])
     except TimeoutError:
         pass
-    assert not mark.exists() and not {kind for kind in replies if kind.endswith("_reply") and not kind.startswith(("kernel_info", "comm"))}
+    assert not mark.exists() and not {
+        kind for kind in replies if kind.endswith("_reply") and not kind.startswith(("kernel_info", "comm"))
+    }
     socket.close()
 
 
@@ -444,7 +475,9 @@ def test_the_kernel_is_light(local):
     import sys
 
     code = "import sys, make_us_rich.dashboard; print([m for m in ('pandas', 'numpy', 'torch', 'onnxruntime', 'plotly', 'pydantic', 'sqlalchemy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
     wait_for(lambda: kernels(local) < PLACES[local.url])
     assert httpx.get(local.address, timeout=WAIT / 1000, trust_env=False, follow_redirects=True).status_code == 200
     sizes = [p.memory_info().rss / 2**20 for p in processes(local)]

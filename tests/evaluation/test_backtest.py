@@ -14,24 +14,23 @@ from tiny_model import PAIRS, publish, sample
 from typer.testing import CliRunner
 from waiting import LONG, wait_for
 
-from make_us_rich.evaluation import walk as module
-from make_us_rich.evaluation.walk import COLUMNS, Pool, contenders, plan_blocks
-from make_us_rich.evaluation.backtest import backtest, findings, plot_pit, sign_value, skill_table
-from make_us_rich.market.candle_store import CandleStore
-from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles
-from make_us_rich.market.candles import next_returns, scorable_rows
-from make_us_rich.models.har import HarT
-from make_us_rich.evaluation.gate import gate
-from make_us_rich.market.exchange import BinanceClient
-from make_us_rich.evaluation.leaktest import leaktest
 from make_us_rich.cli.main import app
-from make_us_rich.registry.store import ModelStore
+from make_us_rich.core.settings import CandleError, SettingsError, TrainingError
+from make_us_rich.evaluation import walk as module
+from make_us_rich.evaluation.backtest import backtest, findings, plot_pit, sign_value, skill_table
+from make_us_rich.evaluation.gate import gate
+from make_us_rich.evaluation.leaktest import leaktest
 from make_us_rich.evaluation.peers import PEERS
+from make_us_rich.evaluation.walk import COLUMNS, Pool, contenders, plan_blocks
+from make_us_rich.market.candle_store import CandleStore
+from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles, next_returns, scorable_rows
+from make_us_rich.market.exchange import BinanceClient
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.models.batches import prepare
+from make_us_rich.models.har import HarT
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.rejudge import regate
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.core.settings import CandleError, SettingsError, TrainingError
-from make_us_rich.models.batches import prepare
+from make_us_rich.registry.store import ModelStore
 
 MARKET = fake_candles(2200, seed=23)
 
@@ -64,7 +63,9 @@ def test_a_model_that_peeks_is_not_scored():
         def quantiles(self, frame, rows):
             return super().quantiles(frame, rows) + 0.05 * np.nan_to_num(next_returns(frame, rows))[:, None]
 
-    with pytest.raises(TrainingError, match=r"peeking changes its forecast of .* when later candles are hidden; it looks ahead"):
+    with pytest.raises(
+        TrainingError, match=r"peeking changes its forecast of .* when later candles are hidden; it looks ahead"
+    ):
         backtest(MARKET, {"peeking": Peeking}, since=MARKET.timestamp[1900])
 
 
@@ -88,7 +89,9 @@ def test_a_stopped_backtest_goes_on_and_never_reads_stale_blocks(tmp_path, monke
     assert len(made) == 2 * len(first.blocks) - 2  # the two finished blocks were kept
     made.clear()
     later = backtest(MARKET, ["HAR-t"], since, out=tmp_path)
-    assert len(made) == len(later.blocks) - len(first.blocks) + 1  # new blocks, and the last one, which has more hours now
+    assert (
+        len(made) == len(later.blocks) - len(first.blocks) + 1
+    )  # new blocks, and the last one, which has more hours now
     made.clear()
     revised = MARKET.assign(volume=MARKET.volume.where(MARKET.index != 1490, 7.0))
     backtest(revised, ["HAR-t"], since, out=tmp_path)
@@ -110,7 +113,9 @@ def test_gaps_are_neither_forecast_nor_filled():
 def test_other_intervals_run_and_say_that_skill_was_not_measured_there(interval, refit):
     frame = fake_candles(2200, seed=3, interval=interval)
     tiny = load_recipe("default", members=1, epochs=1, hidden_size=4)
-    report = backtest(frame, {"lstm": tiny, "HAR-t": None}, since=frame.timestamp[2000], refit_every=refit, interval=interval)
+    report = backtest(
+        frame, {"lstm": tiny, "HAR-t": None}, since=frame.timestamp[2000], refit_every=refit, interval=interval
+    )
     assert len(report.y) > 150 and "measured on 1h candles only" in findings(report)[0]
     assert skill_table(report)["CRPS / base"].between(0.7, 1.3).all()
     assert len(plot_pit(report).axes) >= 2
@@ -189,13 +194,15 @@ def test_the_pool_knows_no_later_candle_of_any_pair():
     end = since.floor("28D") + pd.Timedelta("2D")
     assert end < MARKET.timestamp[2190]
     altered = {
-        name: frame.assign(close=frame.close.where(frame.timestamp < since.floor("28D"), frame.low)) for name, frame in frames.items()
+        name: frame.assign(close=frame.close.where(frame.timestamp < since.floor("28D"), frame.low))
+        for name, frame in frames.items()
     }
     pools = [Pool(found, recipe=recipe) for found in (frames, altered)]
     contender = contenders(["pooled"], pool=pools[0])[0]
     block = plan_blocks(MARKET, since)[0]
     paths = [
-        module.block_path(tmp, contenders(["pooled"], pool=pool)[0], MARKET, block) for tmp, pool in ((Path(), pool) for pool in pools)
+        module.block_path(tmp, contenders(["pooled"], pool=pool)[0], MARKET, block)
+        for tmp, pool in ((Path(), pool) for pool in pools)
     ]
     assert paths[0] == paths[1]
     Q = [module.forecast_block(contenders(["pooled"], pool=pool)[0], MARKET, block) for pool in pools]
@@ -219,16 +226,41 @@ pandas.DataFrame.to_parquet = write_two
 
 def run_command(home, *args, before="", **more):
     "A command in a process of its own, as the shell starts it."
-    env = os.environ | {"MUR_HOME": f"{home}/store", "MUR_RUNS": f"{home}/runs", "MUR_EXCHANGE_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
-    return subprocess.Popen([sys.executable, "-c", f"{before}\nfrom make_us_rich.cli.main import main; main()", *args], env=env | {"OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    env = os.environ | {
+        "MUR_HOME": f"{home}/store",
+        "MUR_RUNS": f"{home}/runs",
+        "MUR_EXCHANGE_URL": "http://127.0.0.1:9",
+        "COLUMNS": "200",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{before}\nfrom make_us_rich.cli.main import main; main()", *args],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 def test_ctrl_c_keeps_the_finished_blocks_and_the_same_command_goes_on(tmp_path):
     sample("BTC_USDT").tail(2500).to_parquet(tmp_path / "candles.parquet")
-    asked = ["backtest", "BTC_USDT", "--file", str(tmp_path / "candles.parquet"), "--models", "HAR-t,EWMA-range", "--refit-every", "2D"]
+    asked = [
+        "backtest",
+        "BTC_USDT",
+        "--file",
+        str(tmp_path / "candles.parquet"),
+        "--models",
+        "HAR-t,EWMA-range",
+        "--refit-every",
+        "2D",
+    ]
     kept = tmp_path / "runs" / "backtests" / "BTC_USDT" / "1h" / "forecasts"
-    first = run_command(tmp_path, *asked, before=THIRD_BLOCK_WAITS, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    first = run_command(
+        tmp_path,
+        *asked,
+        before=THIRD_BLOCK_WAITS,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     wait_for(lambda: len(list(kept.rglob("*.parquet"))) == 2 or first.poll() is not None, what="the second block")
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=LONG)[1]
@@ -239,7 +271,10 @@ def test_ctrl_c_keeps_the_finished_blocks_and_the_same_command_goes_on(tmp_path)
     shown, said = second.communicate(timeout=LONG)
     assert second.returncode == 0, said
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(list(kept.rglob("*.parquet"))) == 22
-    assert "504 forecasts of 1h candles from 2023-12-11 to 2023-12-31, 11 refits." in shown and "EWMA-range: CRPS / base" in shown
+    assert (
+        "504 forecasts of 1h candles from 2023-12-11 to 2023-12-31, 11 refits." in shown
+        and "EWMA-range: CRPS / base" in shown
+    )
     page = Path(shown.rpartition("report: ")[2].strip())
     assert page.suffix == ".html" and "HAR-t: CRPS / base" in page.read_text()
 
@@ -248,9 +283,9 @@ def command(home, *args):
     "Exit code and error text of a command in this process."
     env = {"MUR_HOME": f"{home}/store", "MUR_RUNS": f"{home}/runs", "MUR_EXCHANGE_URL": "http://127.0.0.1:9"}
     end = CliRunner().invoke(app, list(args), env=env)
-    return end.exit_code if isinstance(end.exception, SystemExit) else getattr(end.exception, "exit_code", end.exit_code), str(
-        end.exception or ""
-    )
+    return end.exit_code if isinstance(end.exception, SystemExit) else getattr(
+        end.exception, "exit_code", end.exit_code
+    ), str(end.exception or "")
 
 
 @pytest.mark.parametrize(
@@ -274,8 +309,11 @@ def test_wrong_lines_are_answered_before_any_work(tmp_path, line, code, text):
 
 def test_gate_by_command_judges_on_the_stored_candles_when_the_exchange_is_away(stores, tmp_path):
     _, candles = stores
-    end = CliRunner().invoke(app, ["gate", PAIRS[0]], env={
-        "MUR_HOME": str(candles.root.parent), "MUR_RUNS": str(tmp_path), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"})
+    end = CliRunner().invoke(
+        app,
+        ["gate", PAIRS[0]],
+        env={"MUR_HOME": str(candles.root.parent), "MUR_RUNS": str(tmp_path), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"},
+    )
     # the tiny model of these stores has learned from all there is: no verdict, but a sentence, and the exchange's absence is told
     assert "judging on the stored candles" in end.stderr
     assert "no later hour can be scored yet" in str(end.exception)

@@ -19,18 +19,18 @@ from servers import free_port
 from sqlalchemy import Engine
 from waiting import LONG, wait_for
 
-from make_us_rich.api.forecasts import EXAMPLE
+from make_us_rich.api.accounts import add_user, create_token, get_user, revoke_token, set_disabled
 from make_us_rich.api.app import create_app
-from make_us_rich.market.series import Interval, Pair
-from make_us_rich.market.candles import SAMPLE_LABEL, load_sample
+from make_us_rich.api.forecasts import EXAMPLE
 from make_us_rich.core.database import connect, migrate, session
+from make_us_rich.core.settings import Settings, get_settings
+from make_us_rich.market.candles import SAMPLE_LABEL, load_sample
 from make_us_rich.market.exchange import BinanceClient
-from make_us_rich.serving.forecast import Forecast
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Interval, Pair
+from make_us_rich.serving.forecast import Forecast
 from make_us_rich.serving.refresh import Answer, PairState
 from make_us_rich.serving.service import Service
-from make_us_rich.core.settings import Settings, get_settings
-from make_us_rich.api.accounts import add_user, create_token, get_user, revoke_token, set_disabled
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -66,7 +66,11 @@ class World:
         return self.app.state.api.gate
 
     def used(self, name: str = "bob") -> int:
-        return self.client(name).get("/v1/me").json()["used"] if name in self.tokens else self.client().get("/v1/me").json()["used"]
+        return (
+            self.client(name).get("/v1/me").json()["used"]
+            if name in self.tokens
+            else self.client().get("/v1/me").json()["used"]
+        )
 
     def show(self, forecast: Forecast) -> None:
         self.service.states["BTC_USDT", "1h"].answer = Answer.of(forecast, NOW)
@@ -98,7 +102,9 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     engine = connect(settings.db_url, wait=wait)
     migrate(engine)
     service = Service(settings, engine=engine, clock=lambda: NOW)
-    service.start = service.run_forever = service.tick = service.update_models = lambda *_: None  # what it shows was put there by hand
+    service.start = service.run_forever = service.tick = service.update_models = lambda *_: (
+        None
+    )  # what it shows was put there by hand
     state = PairState(Pair("BTC", "USDT"), Interval("1h"))
     state.model = SimpleNamespace(manifest=SimpleNamespace(version="20231123T180000Z-0123456789ab", cutoff=NOW))
     state.record_body = orjson.dumps(service.ledger.track_record("BTC_USDT").to_dict())
@@ -136,7 +142,9 @@ def served(home: Path, **env: str) -> Iterator[Served]:
     environment = os.environ | {f"MUR_{k.upper()}" if k.islower() else k: str(v) for k, v in values.items()}
     code = "from make_us_rich.api.app import serve; from make_us_rich.core.settings import get_settings; serve(get_settings())"
     with open(log, "wb") as err, open(said, "wb") as out:
-        process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=out, stderr=err, env=environment, cwd=home.parent)
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code], stdout=out, stderr=err, env=environment, cwd=home.parent
+        )
     try:
         url = f"http://127.0.0.1:{port}"
 
@@ -157,7 +165,9 @@ def served(home: Path, **env: str) -> Iterator[Served]:
                 process.kill()
 
 
-async def burst(port: int, path: str, token: str, total: int, connections: int = 32) -> list[tuple[int, dict[str, str]]]:
+async def burst(
+    port: int, path: str, token: str, total: int, connections: int = 32
+) -> list[tuple[int, dict[str, str]]]:
     "So many GETs over so many keep-alive connections; status and headers of each answer."
     answers: list[tuple[int, dict[str, str]]] = []
     left = [total]

@@ -19,25 +19,47 @@ from tiny_model import PAIRS, sample
 from waiting import LONG, wait_for
 
 from make_us_rich.api.app import create_app
-from make_us_rich.market.series import Interval, Pair
-from make_us_rich.market.candles import SAMPLE_LABEL
-from make_us_rich.dashboard.server import Running, start_dashboard
-from make_us_rich.core.tables import ForecastRow, RunRow
 from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.market.exchange import BinanceClient
-from make_us_rich.serving.forecast import Forecast
-from make_us_rich.serving.ledger import ledger_row
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.serving.refresh import Answer, PairState
-from make_us_rich.serving.service import Service
 from make_us_rich.core.settings import Settings, get_settings, utc_iso
 from make_us_rich.core.storage import write_atomic
+from make_us_rich.core.tables import ForecastRow, RunRow
+from make_us_rich.dashboard.server import Running, start_dashboard
+from make_us_rich.market.candles import SAMPLE_LABEL
+from make_us_rich.market.exchange import BinanceClient
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Interval, Pair
 from make_us_rich.models.baselines import LEVELS
+from make_us_rich.serving.forecast import Forecast
+from make_us_rich.serving.ledger import ledger_row
+from make_us_rich.serving.refresh import Answer, PairState
+from make_us_rich.serving.service import Service
 
 HOUR = pd.Timedelta("1h")
 VERSION = "20231230T230000Z-0123456789ab"
 BELL = np.array(
-    [-1.96, -1.64, -1.28, -1.04, -0.84, -0.67, -0.52, -0.39, -0.25, -0.13, 0.0, 0.13, 0.25, 0.39, 0.52, 0.67, 0.84, 1.04, 1.28, 1.64, 1.96]
+    [
+        -1.96,
+        -1.64,
+        -1.28,
+        -1.04,
+        -0.84,
+        -0.67,
+        -0.52,
+        -0.39,
+        -0.25,
+        -0.13,
+        0.0,
+        0.13,
+        0.25,
+        0.39,
+        0.52,
+        0.67,
+        0.84,
+        1.04,
+        1.28,
+        1.64,
+        1.96,
+    ]
 )
 TAILS = BELL * (0.86 + 0.07 * np.abs(BELL))  # hourly returns have fat tails
 
@@ -45,7 +67,9 @@ TAILS = BELL * (0.86 + 0.07 * np.abs(BELL))  # hourly returns have fat tails
 def forecasts_of(pair: str, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list[Forecast], list[list[float]]]:
     "For each row, ranges from the volatility of the days before it, and those of the last month: a stand-in for a model that costs no training."
     moves = np.log(frame["close"]).diff().fillna(0)
-    near = np.sqrt((moves**2).ewm(halflife=14).mean() * 0.6 + (moves**2).rolling(168, min_periods=1).mean() * 0.4).to_numpy()
+    near = np.sqrt(
+        (moves**2).ewm(halflife=14).mean() * 0.6 + (moves**2).rolling(168, min_periods=1).mean() * 0.4
+    ).to_numpy()
     wide = moves.rolling(720, min_periods=24).std().bfill().to_numpy()
     answers, bases = [], []
     for i in rows:
@@ -54,11 +78,24 @@ def forecasts_of(pair: str, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list
         low, high = prices[2], prices[18]
         decimals = max(2, 4 - int(np.floor(np.log10(last))))
         facts = {
-            "pair": pair, "interval": "1h", "status": "ok", "as_of": utc_iso(opens), "target_open": utc_iso(opens), "target_close": utc_iso(opens + HOUR),
+            "pair": pair,
+            "interval": "1h",
+            "status": "ok",
+            "as_of": utc_iso(opens),
+            "target_open": utc_iso(opens),
+            "target_close": utc_iso(opens + HOUR),
             "sentence": f"{pair} at {opens + HOUR:%H:%M} UTC: between {low:,.{decimals}f} and {high:,.{decimals}f} with 80 % probability, after {last:,.{decimals}f}",
-            "last_close": last, "median": float(prices[10]), "quantiles": dict(zip(LEVELS, prices.tolist(), strict=True)), "width": 1.0,
-            "p_up": round(0.5 + 0.04 * float(np.sin(i)), 3), "model_version": VERSION, "model_age_hours": 24.0, "data_age_minutes": 2.0,
-            "source": SAMPLE_LABEL, "label": SAMPLE_LABEL, "run_id": "run",
+            "last_close": last,
+            "median": float(prices[10]),
+            "quantiles": dict(zip(LEVELS, prices.tolist(), strict=True)),
+            "width": 1.0,
+            "p_up": round(0.5 + 0.04 * float(np.sin(i)), 3),
+            "model_version": VERSION,
+            "model_age_hours": 24.0,
+            "data_age_minutes": 2.0,
+            "source": SAMPLE_LABEL,
+            "label": SAMPLE_LABEL,
+            "run_id": "run",
             "reliability": "On 1,440 test hours its ranges beat 'no change' by 2.6 % and the 80 % range held 80.4 % of the hours.",
         }
         answers.append(Forecast(**facts))
@@ -100,7 +137,9 @@ class Stage:
     def up(self) -> None:
         "Start to answer."
         self.app.state.api.streams.closed = False  # the same application may have been stopped before
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.settings.port, log_level="error", timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(
+            uvicorn.Config(self.app, port=self.settings.port, log_level="error", timeout_graceful_shutdown=1)
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started or not self.thread.is_alive(), what="the API")
@@ -131,7 +170,9 @@ def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
         _fill(service, pair, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
     _add_runs(engine, home, now)
     tokens = make_people(engine, now)
-    return Stage(settings, engine, service, tokens, now, create_app(service, engine, settings, lambda: now, heartbeat=1.0))
+    return Stage(
+        settings, engine, service, tokens, now, create_app(service, engine, settings, lambda: now, heartbeat=1.0)
+    )
 
 
 def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
@@ -139,11 +180,31 @@ def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
     page = home / "runs" / "train.html"
     page.parent.mkdir(parents=True)
     page.write_text("<!doctype html><title>run</title><h1>The executed notebook</h1><script>parent.bad = 1</script>")
-    plan = {"pair": "BTC_USDT", "interval": "1h", "cutoff": now.floor("h"), "recipe": "finetune", "recipe_hash": "0" * 16, "host": "here/1", "attempts": 1}
+    plan = {
+        "pair": "BTC_USDT",
+        "interval": "1h",
+        "cutoff": now.floor("h"),
+        "recipe": "finetune",
+        "recipe_hash": "0" * 16,
+        "host": "here/1",
+        "attempts": 1,
+    }
     (page.parent / "log.txt").write_text("cell 4 of 18: no room <b>left</b>")
     plan["log"] = str(page.parent / "log.txt")
-    facts = {"exit_class": "", "reason": "", "version": VERSION, "notebook": str(page.with_suffix(".ipynb")), "seconds": 11.7, "finished_at": now}
-    failed = {"exit_class": "no_space", "reason": "the disk of the store is full; free some room", "version": "", "notebook": ""}
+    facts = {
+        "exit_class": "",
+        "reason": "",
+        "version": VERSION,
+        "notebook": str(page.with_suffix(".ipynb")),
+        "seconds": 11.7,
+        "finished_at": now,
+    }
+    failed = {
+        "exit_class": "no_space",
+        "reason": "the disk of the store is full; free some room",
+        "version": "",
+        "notebook": "",
+    }
     with session(engine) as s:
         s.add(RunRow(run_id="run", state="published", started_at=now - HOUR, **plan, **facts))
         s.add(RunRow(run_id="run-2", state="failed", started_at=now, **plan, **facts | failed))
@@ -151,7 +212,10 @@ def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
 
 def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.Timestamp) -> None:
     answers, bases = forecasts_of(pair, frame, np.arange(len(frame) - hours, len(frame)))
-    lines = [ledger_row(f, base, pd.Timestamp(f.target_open) + pd.Timedelta("1s")) for f, base in zip(answers, bases, strict=True)]
+    lines = [
+        ledger_row(f, base, pd.Timestamp(f.target_open) + pd.Timedelta("1s"))
+        for f, base in zip(answers, bases, strict=True)
+    ]
     with session(service.engine) as s:
         s.add_all([ForecastRow(**line) for line in lines])
     service.ledger.settle(pair, "1h", frame)
@@ -166,7 +230,9 @@ def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.
 @contextlib.contextmanager
 def page_server(stage: Stage, token: str | None = None, local: bool = False, **options: Any) -> Iterator[Running]:
     "Voila for this API; `local` logs the viewer in as local mode does."
-    settings = stage.settings if local else stage.settings.model_copy(update={"home": stage.settings.home / "elsewhere"})
+    settings = (
+        stage.settings if local else stage.settings.model_copy(update={"home": stage.settings.home / "elsewhere"})
+    )
     if local:
         write_atomic(settings.home / "local-token", stage.tokens["admin"].encode(), mode=0o600)
     running = start_dashboard(settings, port=free_port(), token=token, **options)

@@ -18,7 +18,17 @@ from waiting import LONG, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 FLEET = ROOT / ".venv-prefect" / "bin"  # `make fleet` makes it, with the server in it
-PARTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port.grpc", "admin.port", "admin.port.grpc")
+PARTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+)
 
 
 @dataclass
@@ -53,11 +63,29 @@ def s3_server() -> Iterator[S3]:
     program, folder, port = weed(), Path(tempfile.mkdtemp(prefix="mur-s3-")), free_port()
     keys = {"AWS_ACCESS_KEY_ID": "test" + secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
     ports = [f"-{name}={free_port()}" for name in PARTS]
-    off = ["-webdav=false", "-admin.ui=false", "-s3.iam=false", "-s3.port.iceberg=0", "-master.telemetry=false", "-master.volumeSizeLimitMB=64"]
-    command = [program, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}", *ports, *off]
+    off = [
+        "-webdav=false",
+        "-admin.ui=false",
+        "-s3.iam=false",
+        "-s3.port.iceberg=0",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=64",
+    ]
+    command = [
+        program,
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-s3.port={port}",
+        *ports,
+        *off,
+    ]
     log = folder / "log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, env=os.environ | keys, stdout=out, stderr=out, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | keys, stdout=out, stderr=out, preexec_fn=_die_with_parent
+        )
     try:
         endpoint = f"http://127.0.0.1:{port}"
         _wait(process, endpoint, log)

@@ -59,8 +59,12 @@ def postgresql_server() -> Iterator[PostgreSQL]:
     root = os.geteuid() == 0
     if not found or (root and USER not in {entry.pw_name for entry in pwd.getpwall()}):
         pytest.fail(MISSING, pytrace=False)
-    roomy = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2**30  # memory: many small files come and go
-    folder = Path(tempfile.mkdtemp(prefix="mur-pg-", dir="/dev/shm" if roomy else "/tmp"))  # pytest's own folders are closed to other users
+    roomy = (
+        os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2**30
+    )  # memory: many small files come and go
+    folder = Path(
+        tempfile.mkdtemp(prefix="mur-pg-", dir="/dev/shm" if roomy else "/tmp")
+    )  # pytest's own folders are closed to other users
     try:
         (folder / "password").write_text(password := secrets.token_hex(12))
         person = pwd.getpwnam(USER)
@@ -68,8 +72,18 @@ def postgresql_server() -> Iterator[PostgreSQL]:
         if root:
             for path in (folder, folder / "password"):
                 os.chown(path, person.pw_uid, person.pw_gid)
-        init = [found[-1], "-D", folder / "data", "-U", "mur", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}"]
-        done = subprocess.run([*init, "--no-sync", "-E", "UTF8", "--locale=C"], cwd=folder, capture_output=True, text=True, **who)
+        init = [
+            found[-1],
+            "-D",
+            folder / "data",
+            "-U",
+            "mur",
+            "--auth=scram-sha-256",
+            f"--pwfile={folder / 'password'}",
+        ]
+        done = subprocess.run(
+            [*init, "--no-sync", "-E", "UTF8", "--locale=C"], cwd=folder, capture_output=True, text=True, **who
+        )
         assert done.returncode == 0, done.stderr
         server = _start(found[-1].with_name("postgres"), folder, password, who)
         try:
@@ -84,7 +98,10 @@ def postgresql_server() -> Iterator[PostgreSQL]:
 def _start(program: Path, folder: Path, password: str, who: dict) -> PostgreSQL:
     port = free_port()
     speed = {"fsync": "off", "synchronous_commit": "off", "max_connections": "200"}
-    options = speed | {"timezone": "Asia/Kolkata", "unix_socket_directories": ""}  # half an hour off: a time without its zone shows
+    options = speed | {
+        "timezone": "Asia/Kolkata",
+        "unix_socket_directories": "",
+    }  # half an hour off: a time without its zone shows
     settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
     command = [program, "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), *settings]
     with open(folder / "log", "wb") as log:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, load_sample
-from make_us_rich.registry.served_model import open_session
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.store import ModelStore
 from make_us_rich.models.baselines import LEVELS
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.served_model import open_session
+from make_us_rich.registry.store import ModelStore
 
 PAIRS = ("BTC_USDT", "SOL_USDT")
 
@@ -44,18 +44,35 @@ def _golden(pair: str) -> tuple[int, Golden]:
     return window, Golden.of(candles, times, quantiles[0], float(scale[0]))
 
 
-def publish(store: ModelStore, pair: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False) -> str:
+def publish(
+    store: ModelStore, pair: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
+) -> str:
     "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
     window, golden = _golden(pair)
     if broken:
         golden = golden.model_copy(update={"quantiles": [q * 1.01 for q in golden.quantiles]})
     frame = sample(pair)
     first, last = frame["timestamp"].iloc[[0, -1]]
-    span = DataSpan(source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash="")
+    span = DataSpan(
+        source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash=""
+    )
     manifest = Manifest(
-        pair=pair, interval="1h", window=window, columns=VALUE_COLUMNS, levels=list(LEVELS), recipe={}, recipe_hash="0" * 64, data=span,
-        cutoff=cutoff.to_pydatetime(), created_at=cutoff.to_pydatetime(), scores=[], verdict={"passed": True}, golden=golden, libraries={},
-        git_revision="", run_id=f"{pair}-{cutoff:%Y%m%dT%H%M}-{mark}",
+        pair=pair,
+        interval="1h",
+        window=window,
+        columns=VALUE_COLUMNS,
+        levels=list(LEVELS),
+        recipe={},
+        recipe_hash="0" * 64,
+        data=span,
+        cutoff=cutoff.to_pydatetime(),
+        created_at=cutoff.to_pydatetime(),
+        scores=[],
+        verdict={"passed": True},
+        golden=golden,
+        libraries={},
+        git_revision="",
+        run_id=f"{pair}-{cutoff:%Y%m%dT%H%M}-{mark}",
     )
     version = store.publish(manifest, _marked(mark))
     if promote:

@@ -13,11 +13,11 @@ import pytest
 from waiting import LONG, wait_for
 
 from make_us_rich import settings
+from make_us_rich.core.settings import CandleError, StoreError
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import check_candles, content_hash, fake_candles
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import Faults, ReplayServer
-from make_us_rich.core.settings import CandleError, StoreError
 
 PAIR = "BTC_USDT"
 HOUR = pd.Timedelta("1h")
@@ -29,7 +29,9 @@ STEPS = 10  # of one write: before and after each of five calls
 def fresh():
     """Processes that start from a warm, thread-free parent: a killed one costs milliseconds, not an import of pandas."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "make_us_rich.candle_store", "make_us_rich.exchange", "make_us_rich.replay"])
+    context.set_forkserver_preload(
+        ["pytest", "make_us_rich.candle_store", "make_us_rich.exchange", "make_us_rich.replay"]
+    )
     return context
 
 
@@ -75,7 +77,9 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, fresh):
     store.update(Exchange(now), PAIR, rows=300)
     for _ in range(40):
         rows, path = store.info(PAIR).rows, store.path(PAIR)
-        child = fresh.Process(target=hammer, args=(luck.randrange(STEPS, 3 * STEPS), tmp_path, now))  # in the second or third update
+        child = fresh.Process(
+            target=hammer, args=(luck.randrange(STEPS, 3 * STEPS), tmp_path, now)
+        )  # in the second or third update
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -164,7 +168,9 @@ def test_kill_at_every_step_of_a_write(tmp_path, fresh):
         child.start()
         child.join()
         outcomes.append(store.info(PAIR).rows)
-        assert store.update(Exchange(new_now), PAIR).rows == 305  # nobody has to clean up by hand, and no lock is left behind
+        assert (
+            store.update(Exchange(new_now), PAIR).rows == 305
+        )  # nobody has to clean up by hand, and no lock is left behind
         assert leftovers(root) == ["1h.lock", "1h.parquet"]
         if child.exitcode >= 0:
             break
@@ -205,7 +211,10 @@ def test_300_mutations_are_put_aside_and_rebuilt(tmp_path, caplog):
         caplog.clear()
         seen += 1
         if seen % 8:  # a reader meets the damage
-            with pytest.raises(CandleError, match=r"were damaged and are now in .*parquet.bad; fetch them with: mkrich candles BTC_USDT"):
+            with pytest.raises(
+                CandleError,
+                match=r"were damaged and are now in .*parquet.bad; fetch them with: mkrich candles BTC_USDT",
+            ):
                 store.read(PAIR)
             assert not path.exists(), name
         if seen % 8 < 2:  # an update meets it, or comes after the reader
@@ -239,7 +248,10 @@ def test_candles_from_the_future_are_put_aside(tmp_path, caplog):
     store.update(exchange, PAIR, rows=100)
     exchange.clock -= HOUR  # the newest stored candle is open again
     assert store.update(exchange, PAIR, rows=100).last == pd.Timestamp("2024-02-01T03:00Z")
-    assert "its newest candle ends at 2024-02-01T05:00:00Z, but the exchange says it is 2024-02-01T04:20:00Z" in caplog.text
+    assert (
+        "its newest candle ends at 2024-02-01T05:00:00Z, but the exchange says it is 2024-02-01T04:20:00Z"
+        in caplog.text
+    )
     pd.testing.assert_frame_equal(store.read(PAIR), closed(exchange.clock).tail(100).reset_index(drop=True))
     assert (store.path(PAIR).parent / "1h.parquet.bad").exists()
 
@@ -255,7 +267,9 @@ def test_a_disk_without_room_leaves_the_old_file_and_says_so(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         exchange.clock += HOUR
-        with pytest.raises(StoreError, match=r"could not be written .No space left on device.*make room, then run again"):
+        with pytest.raises(
+            StoreError, match=r"could not be written .No space left on device.*make room, then run again"
+        ):
             store.update(exchange, PAIR)
     assert store.path(PAIR).read_bytes() == before
     assert leftovers(tmp_path) == ["1h.lock", "1h.parquet"]
@@ -314,7 +328,10 @@ def test_who_waits_too_long_gets_a_sentence(tmp_path, fresh):
     child = fresh.Process(target=hold, args=(tmp_path,))
     child.start()
     wait_for((tmp_path / "held").exists)
-    with pytest.raises(StoreError, match=r"another process has been updating .*1h.parquet for more than 0.2 s; let it finish or stop it"):
+    with pytest.raises(
+        StoreError,
+        match=r"another process has been updating .*1h.parquet for more than 0.2 s; let it finish or stop it",
+    ):
         store.update(Exchange("2024-02-01T05:20Z"), PAIR, rows=100)
     os.kill(child.pid, signal.SIGKILL)
     child.join()

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import LONG, wait_for
 
+from make_us_rich.core.settings import CandleError, ExchangeError, SettingsError
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import VALUE_COLUMNS, content_hash, fake_candles
 from make_us_rich.market.exchange import TRIES, BinanceClient
 from make_us_rich.market.replay import Faults, ReplayServer
-from make_us_rich.core.settings import CandleError, ExchangeError, SettingsError
 
 PAIR, HOUR = "BTC_USDT", pd.Timedelta("1h")
 TRUTH = fake_candles(9_500, start="2024-01-01")
@@ -67,7 +67,11 @@ def same(found, expected):
 
 
 def files(store):
-    return {path.relative_to(store.root): path.read_bytes() for path in store.root.rglob("*") if path.suffix != ".lock" and path.is_file()}
+    return {
+        path.relative_to(store.root): path.read_bytes()
+        for path in store.root.rglob("*")
+        if path.suffix != ".lock" and path.is_file()
+    }
 
 
 # ------------------------------------------------------------ the plain way
@@ -99,7 +103,9 @@ def test_two_clients_of_two_hosts_live_in_one_process(client):
 def test_no_request_carries_a_key(client, exchange, monkeypatch):
     monkeypatch.setenv("BINANCE_API_KEY", "canary")
     client.get_five_days_data(PAIR)
-    assert not {"apikey", "signature", "timestamp", "recvWindow"} & {name for _, params in exchange.calls for name in params}
+    assert not {"apikey", "signature", "timestamp", "recvWindow"} & {
+        name for _, params in exchange.calls for name in params
+    }
 
 
 # ------------------------------------------------------------ F01, F02, F26: what is closed
@@ -199,7 +205,9 @@ def test_F05_a_gap_that_reaches_the_present_is_told_with_its_beginning(client, e
     store.update(client, PAIR, rows=200)
     before = files(store)
     exchange.faults = Faults(drop=[("2025-01-15 07:00", "2025-01-15 23:00")])
-    with pytest.raises(CandleError, match="BTC_USDT has had no candle since 2025-01-15T06:00:00Z: the exchange stands still") as caught:
+    with pytest.raises(
+        CandleError, match="BTC_USDT has had no candle since 2025-01-15T06:00:00Z: the exchange stands still"
+    ) as caught:
         client.get_five_days_data(PAIR)
     assert caught.value.reason == "inactive"
     exchange.clock.advance("1h")
@@ -243,7 +251,9 @@ def test_F06_F08_F10_F11_odd_pages_give_the_same_candles(client, exchange, fault
     gaps=st.lists(st.tuples(st.integers(2, 1400), st.integers(0, 40)), max_size=4),
     minute=st.integers(0, 59),
 )
-def test_any_mixture_of_odd_pages_and_gaps_gives_exactly_the_truth(client, exchange, rows, cap, overlap, unit, shuffle, gaps, minute):
+def test_any_mixture_of_odd_pages_and_gaps_gives_exactly_the_truth(
+    client, exchange, rows, cap, overlap, unit, shuffle, gaps, minute
+):
     now = NOW.floor("1h") + pd.Timedelta(minutes=minute)
     exchange.clock.set(now)
     spans = [(now.floor("1h") - (back + length) * HOUR, now.floor("1h") - back * HOUR) for back, length in gaps]
@@ -280,9 +290,13 @@ def test_F10_an_absurd_unit_is_refused(client, exchange):
 
 def test_F11_a_server_that_hands_out_no_more_is_refused_with_both_numbers(client, exchange, store):
     exchange.faults = Faults(page_cap=700, stuck=True)
-    for ask in (lambda: client.get_one_year_data(PAIR), lambda: client.get_data(PAIR, start=NOW.floor("1h") - 8760 * HOUR)):
+    for ask in (
+        lambda: client.get_one_year_data(PAIR),
+        lambda: client.get_data(PAIR, start=NOW.floor("1h") - 8760 * HOUR),
+    ):
         with pytest.raises(
-            ExchangeError, match=r"have (699|700) of 8,760 candles of BTC_USDT, and the exchange .* hands out no more; try again"
+            ExchangeError,
+            match=r"have (699|700) of 8,760 candles of BTC_USDT, and the exchange .* hands out no more; try again",
         ) as caught:
             ask()
         assert caught.value.exit_code == 1
@@ -392,7 +406,11 @@ def test_F19_a_renamed_pair_is_unknown_and_the_stored_candles_stay(client, excha
     before = files(store)
     exchange.faults = Faults(renamed={PAIR})
     exchange.clock.advance("1h")
-    for ask in (lambda: client.get_five_days_data(PAIR), lambda: client.status(PAIR), lambda: store.update(client, PAIR)):
+    for ask in (
+        lambda: client.get_five_days_data(PAIR),
+        lambda: client.status(PAIR),
+        lambda: store.update(client, PAIR),
+    ):
         with pytest.raises(CandleError, match="does not know the pair BTC_USDT; check its spelling") as caught:
             ask()
         assert (caught.value.exit_code, caught.value.reason) == (3, "unknown_pair")
@@ -402,7 +420,9 @@ def test_F19_a_renamed_pair_is_unknown_and_the_stored_candles_stay(client, excha
 def test_F25_119_candles_are_119(exchange):
     with ReplayServer({PAIR: TRUTH.head(120)}) as young:  # the last one is open
         client = BinanceClient(young.url)
-        with pytest.raises(CandleError, match="need 120 closed candles, have 119: BTC_USDT begins 2024-01-01T00:00:00Z") as caught:
+        with pytest.raises(
+            CandleError, match="need 120 closed candles, have 119: BTC_USDT begins 2024-01-01T00:00:00Z"
+        ) as caught:
             client.get_five_days_data(PAIR)
         assert (caught.value.exit_code, caught.value.reason) == (3, "short_history")
         assert len(client.newest(PAIR, "1h", 121)) == 119
@@ -439,7 +459,9 @@ def test_F13_F20_no_answer_is_one_sentence_and_the_store_is_untouched(client, ex
 
 
 @pytest.mark.parametrize(
-    "faults", [{"html": True, "status": 502}, {"text_body": True}, {"cut_json": True}, {"status": 429, "retry_after": 1}], ids=str
+    "faults",
+    [{"html": True, "status": 502}, {"text_body": True}, {"cut_json": True}, {"status": 429, "retry_after": 1}],
+    ids=str,
 )
 def test_a_hiccup_is_not_an_error(client, exchange, faults):
     exchange.faults = Faults(**faults, times=1)
@@ -448,7 +470,9 @@ def test_a_hiccup_is_not_an_error(client, exchange, faults):
 
 
 @pytest.mark.parametrize(
-    "faults", [{"status": 418, "retry_after": 1}, {"status": 429, "retry_after": 11}, {"status": 451}, {"status": 403}], ids=str
+    "faults",
+    [{"status": 418, "retry_after": 1}, {"status": 429, "retry_after": 11}, {"status": 451}, {"status": 403}],
+    ids=str,
 )
 def test_a_ban_or_a_long_wait_is_not_answered_by_another_call(client, exchange, faults):
     exchange.faults = Faults(**faults)
@@ -469,7 +493,8 @@ def test_F17_a_hanging_or_dripping_answer_ends(exchange, faults):
 def test_F20_no_such_host_and_nobody_there():
     for url in ("http://127.0.0.1:9", "http://no-such-host.invalid"):
         with pytest.raises(
-            ExchangeError, match="is unavailable: it cannot be reached; check the network, try again later, or set MUR_EXCHANGE_URL"
+            ExchangeError,
+            match="is unavailable: it cannot be reached; check the network, try again later, or set MUR_EXCHANGE_URL",
         ):
             BinanceClient(url).get_five_days_data(PAIR)
 

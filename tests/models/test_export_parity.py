@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from make_us_rich.market.series import Interval
+from make_us_rich.core.settings import TrainingError
 from make_us_rich.market.candles import clean_candles, load_sample, read_candles
+from make_us_rich.market.series import Interval
+from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import INPUTS, check_graph, convert_model, open_session, validate_model
 from make_us_rich.models.features import CandleFeatures, OriginalFeatures, frame_tensors, windows
 from make_us_rich.models.network import CandleForecaster, LSTMRegressor, OriginalForecaster, QuantileHead, student4
-from make_us_rich.core.settings import TrainingError
-from make_us_rich.models.baselines import LEVELS
 
 SHARED = Path(os.environ.get("SHARED_DATA") or Path(__file__).parents[2] / "shared/data")
 PRICES = [1e-5, 1e-3, 0.1, 1.0, 100.0, 1e5]
@@ -84,7 +84,9 @@ def test_sample_at_any_price(real, sample, price):
     assert parity.rows == 64 and parity.max_scaled < 1e-5 and parity.max_price < 1e-6, parity
 
 
-@pytest.mark.parametrize("name", shared_frames() or [pytest.param("none", marks=pytest.mark.skip(f"no *-1h.parquet in {SHARED}"))])
+@pytest.mark.parametrize(
+    "name", shared_frames() or [pytest.param("none", marks=pytest.mark.skip(f"no *-1h.parquet in {SHARED}"))]
+)
 def test_shared_pairs(real, name):
     forecaster, graph = real
     frame, _ = clean_candles(read_candles(shared_frames()[name]).iloc[-3001:-1], Interval.parse("1h"))
@@ -120,7 +122,9 @@ def test_same_model_same_bytes(real, tmp_path):
         "print(t.sha(t.convert_model(t.make_forecaster(), {'pair': 'BTC_USDT'})))"
     )
     env = os.environ | {"PYTHONHASHSEED": "5", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert (done.stdout.strip(), done.stderr) == (sha(real[1]), "")
     assert list(tmp_path.iterdir()) == []
 
@@ -157,7 +161,9 @@ class Swapped(nn.Module):
 @pytest.mark.parametrize(("one", "two"), [(0, 3), (1, 2), (4, 6), (5, 7)])
 def test_swapped_columns(real, sample, one, two):
     forecaster, graph = real
-    with pytest.raises(TrainingError, match=r"^the exported graph differs from the trained model by .*; it is not published, see"):
+    with pytest.raises(
+        TrainingError, match=r"^the exported graph differs from the trained model by .*; it is not published, see"
+    ):
         validate_model(graph, Swapped(forecaster, one, two), sample)
 
 
@@ -179,6 +185,8 @@ def test_model_that_cannot_be_exported():
         def forward(self, candles, open_time, width):
             return candles[candles[0, 0, 0].item() :], width
 
-    with pytest.raises(TrainingError, match=r"^the model cannot be written as ONNX: .*; `mkrich doctor` shows the versions in use$") as e:
+    with pytest.raises(
+        TrainingError, match=r"^the model cannot be written as ONNX: .*; `mkrich doctor` shows the versions in use$"
+    ) as e:
         convert_model(Impossible())
     assert "\n" not in str(e.value)

@@ -13,21 +13,20 @@ import pandas as pd
 import pytest
 import torch
 
-from make_us_rich.market.series import POOLED
+from make_us_rich.core.settings import StoreError, TrainingError, get_settings
 from make_us_rich.market.candles import VALUE_COLUMNS, fake_candles
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import POOLED
+from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import convert_model, open_session, validate_model
-from make_us_rich.registry.served_model import OnnxModel
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.registry.store import pooled_note, serving_champion
-from make_us_rich.runs.pretrain import load_pooled, open_pooled
 from make_us_rich.models.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.models.recipe import load_recipe
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.serving.service import Service
-from make_us_rich.core.settings import StoreError, TrainingError, get_settings
-from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.training import training_loop
+from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.served_model import OnnxModel
+from make_us_rich.registry.store import ModelStore, pooled_note, serving_champion
+from make_us_rich.runs.pretrain import load_pooled, open_pooled
+from make_us_rich.serving.service import Service
 
 TINY = {"epochs": 2, "steps_per_epoch": 6, "batch_size": 8, "members": 2}
 FINE = load_recipe("finetune", steps_per_epoch=5)
@@ -47,20 +46,35 @@ def manifest_of(pooled: Pooled, model: bytes, frame: pd.DataFrame, **changes: ob
     window = pooled.forecaster.window
     tail = frame.tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = open_session(model).run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
+    quantiles, scale = open_session(model).run(
+        None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
+    )
     first, last = frame["timestamp"].iloc[[0, -1]]
     facts = {
-        "pair": str(POOLED), "interval": "1h", "window": window, "columns": VALUE_COLUMNS, "levels": list(LEVELS),
-        "recipe": pooled.recipe.model_dump(), "recipe_hash": pooled.recipe.hash, "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
+        "pair": str(POOLED),
+        "interval": "1h",
+        "window": window,
+        "columns": VALUE_COLUMNS,
+        "levels": list(LEVELS),
+        "recipe": pooled.recipe.model_dump(),
+        "recipe_hash": pooled.recipe.hash,
+        "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
         "data": DataSpan(source="synthetic", label="", first=first, last=last, rows=9, gaps=0, content_hash=""),
-        "cutoff": pooled.cutoff, "created_at": pooled.cutoff, "scores": [{"model": "all pairs", "n": 1440, "crps/base": 0.98, "cov80": 0.8}, {}, {}], "verdict": {"passed": True},
-        "golden": Golden.of(candles, times, quantiles[0], float(scale[0])), "libraries": {}, "git_revision": "",
+        "cutoff": pooled.cutoff,
+        "created_at": pooled.cutoff,
+        "scores": [{"model": "all pairs", "n": 1440, "crps/base": 0.98, "cov80": 0.8}, {}, {}],
+        "verdict": {"passed": True},
+        "golden": Golden.of(candles, times, quantiles[0], float(scale[0])),
+        "libraries": {},
+        "git_revision": "",
     }
     return Manifest(**facts | changes)
 
 
 def publish(store: ModelStore, pooled: Pooled, frame: pd.DataFrame, weights: str | None = None) -> str:
-    model = convert_model(pooled.forecaster, {"weights": pack_weights(pooled.forecaster) if weights is None else weights})
+    model = convert_model(
+        pooled.forecaster, {"weights": pack_weights(pooled.forecaster) if weights is None else weights}
+    )
     version = store.publish(manifest_of(pooled, model, frame), model)
     store.promote(POOLED, "1h", version)
     return version
@@ -145,7 +159,9 @@ def test_a_pair_without_history_is_served_at_once(frames, pooled):
     key, pointer = serving_champion(store, "NEW_USDT")
     assert (key, pointer.version) == (POOLED, version)
     model, new = OnnxModel(store.load(key)), fake_candles(840, seed=9, price=0.0001)
-    quantiles, _ = model.predict(new[VALUE_COLUMNS].to_numpy(float)[None], new["timestamp"].astype("int64").to_numpy()[None])
+    quantiles, _ = model.predict(
+        new[VALUE_COLUMNS].to_numpy(float)[None], new["timestamp"].astype("int64").to_numpy()[None]
+    )
     assert np.isfinite(quantiles).all() and (np.diff(quantiles[0]) >= 0).all()
     assert 0.9 < quantiles[0, 10] / new["close"].iloc[-1] < 1.1
     assert pooled_note("NEW_USDT", model.manifest).startswith("NEW_USDT has no model of its own yet")
@@ -177,7 +193,9 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
             assert list(first.quantiles.values()) == pytest.approx(list(told["quantiles"].values()), rel=1e-12)
 
             tuned = convert_model(finetune(frames["AAA_USDT"], pooled, FINE, progress=False).forecaster)
-            own = store.publish(manifest_of(pooled, tuned, new.iloc[:1_401], pair="NEW_USDT", run_id="own", scores=[]), tuned)
+            own = store.publish(
+                manifest_of(pooled, tuned, new.iloc[:1_401], pair="NEW_USDT", run_id="own", scores=[]), tuned
+            )
             store.promote("NEW_USDT", "1h", own)
             assert service.update_models() == 1
             assert service.status()["pairs"][0]["model_version"] == own
@@ -190,7 +208,9 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
             assert (second.status, second.model_version) == ("ok", own) and "pooled" not in second.reliability
             done = service.ledger.verify("NEW_USDT", store, service.parts.candles)
             assert (done.checked, done.unknown) == (2, 0)
-            store.objects.store.delete("NEW_USDT/1h/champion.json")  # its own pointer is lost: no silent way back to the pooled model
+            store.objects.store.delete(
+                "NEW_USDT/1h/champion.json"
+            )  # its own pointer is lost: no silent way back to the pooled model
             service.update_models()
             assert service.status()["pairs"][0]["model_version"] == own
         finally:
@@ -201,4 +221,6 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
 def test_the_file_holds_numbers_and_no_code(pooled):
     model = onnx.load_model_from_string(convert_model(pooled.forecaster, {"weights": pack_weights(pooled.forecaster)}))
     assert {item.key for item in model.metadata_props} == {"weights", "window", "columns", "levels"}
-    assert convert_model(pooled.forecaster, {"weights": pack_weights(pooled.forecaster)}) == model.SerializeToString(deterministic=True)
+    assert convert_model(pooled.forecaster, {"weights": pack_weights(pooled.forecaster)}) == model.SerializeToString(
+        deterministic=True
+    )

@@ -24,12 +24,12 @@ import pandas as pd
 import pytest
 from waiting import LONG
 
-from make_us_rich.registry import manifest as model_store
+from make_us_rich.core.settings import MakeUsRichError, StoreError
 from make_us_rich.market.candles import VALUE_COLUMNS
+from make_us_rich.models.baselines import LEVELS
+from make_us_rich.registry import manifest as model_store
 from make_us_rich.registry.manifest import DataSpan, Golden, Manifest, open_manifest, seal_manifest
 from make_us_rich.registry.store import ModelStore
-from make_us_rich.core.settings import MakeUsRichError, StoreError
-from make_us_rich.models.baselines import LEVELS
 
 PAIR, START = "BTC_USDT", pd.Timestamp("2023-01-01", tz="UTC")
 KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "60"))
@@ -42,9 +42,24 @@ def draft(hour: int, run_id: str = "", **changes) -> Manifest:
     cutoff = START + pd.Timedelta(hours=hour)
     candles, times = np.full((840, 9), 100.0) + np.arange(840)[:, None], 3_600_000 * np.arange(840)
     golden = Golden.of(candles, times, 100 * np.exp(np.array(LEVELS) / 100), 0.005)
-    span = DataSpan(source="test", label="synthetic", first=START, last=cutoff, rows=8760, gaps=0, content_hash="c" * 64)
-    facts = {"pair": PAIR, "interval": "1h", "window": 840, "columns": VALUE_COLUMNS, "levels": LEVELS, "recipe": {"hidden": 32}}
-    facts |= {"recipe_hash": "r" * 12, "data": span, "cutoff": cutoff, "created_at": cutoff, "scores": [{"model": "x", "crps": 0.00123}]}
+    span = DataSpan(
+        source="test", label="synthetic", first=START, last=cutoff, rows=8760, gaps=0, content_hash="c" * 64
+    )
+    facts = {
+        "pair": PAIR,
+        "interval": "1h",
+        "window": 840,
+        "columns": VALUE_COLUMNS,
+        "levels": LEVELS,
+        "recipe": {"hidden": 32},
+    }
+    facts |= {
+        "recipe_hash": "r" * 12,
+        "data": span,
+        "cutoff": cutoff,
+        "created_at": cutoff,
+        "scores": [{"model": "x", "crps": 0.00123}],
+    }
     facts |= {"verdict": {"passed": True}, "golden": golden, "libraries": {"numpy": "2"}, "git_revision": "unknown"}
     return Manifest(**facts | {"run_id": run_id or f"run-{hour}"} | changes)
 
@@ -195,9 +210,9 @@ def can_trace() -> bool:
     return bool(shutil.which("strace")) and subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-
-
-@pytest.mark.skipif(not can_trace(), reason="strace is not installed or may not trace; the crash points between calls are covered above")
+@pytest.mark.skipif(
+    not can_trace(), reason="strace is not installed or may not trace; the crash points between calls are covered above"
+)
 @pytest.mark.parametrize("call", ["linkat", "unlink", "rename"])
 def test_kill_inside_the_object_store(call, url):
     "Death at the system calls inside one write of obstore, and at our own rename."
@@ -226,7 +241,9 @@ def test_eight_racers_with_one_run(run, url):
         answers = run([job(url, hour, GRAPH + bytes([i]), run_id=f"race-{hour}") for i in range(8)])
         told = {a["version"] for a in answers}
         assert len(told) == 1 and not any(a["error"] for a in answers), answers
-        published = [i.version for i in ModelStore(url).versions(PAIR) if i.manifest and i.manifest.run_id == f"race-{hour}"]
+        published = [
+            i.version for i in ModelStore(url).versions(PAIR) if i.manifest and i.manifest.run_id == f"race-{hour}"
+        ]
         assert published == list(told) and sound_version(url, told)
 
 
@@ -236,7 +253,9 @@ def test_racers_with_different_cut_offs(run, url):
         newest = f"{START + pd.Timedelta(hours=block + 7):%Y%m%dT%H%M%SZ}"
         assert ModelStore(url).load(PAIR).version.startswith(newest)
         refused = [a["error"] for a in answers if a["error"]]
-        assert all("has an older cut-off than the champion" in e and "mkrich rollback BTC_USDT" in e for e in refused), refused
+        assert all(
+            "has an older cut-off than the champion" in e and "mkrich rollback BTC_USDT" in e for e in refused
+        ), refused
 
 
 def test_racers_in_memory():
@@ -263,7 +282,9 @@ def test_racers_in_memory():
 def test_server_that_ignores_conditions(monkeypatch):
     real = obstore.put
     monkeypatch.setattr(model_store.obs, "put", lambda store, key, data, mode="overwrite": real(store, key, data))
-    with pytest.raises(StoreError, match="ignores conditional writes, so two publishers could overwrite each other; use another server"):
+    with pytest.raises(
+        StoreError, match="ignores conditional writes, so two publishers could overwrite each other; use another server"
+    ):
         ModelStore("memory:///").publish(draft(0), GRAPH)
 
 
@@ -279,11 +300,17 @@ def two(url):
 
 def refused(store: ModelStore, folder: Path, before: str) -> str:
     "Assert that the champion is not loaded and the version before serves; returns the sentence."
-    with pytest.raises(StoreError, match=r"^version .* of BTC_USDT 1h cannot be used: .*; run `mkrich rollback BTC_USDT` to serve") as e:
+    with pytest.raises(
+        StoreError, match=r"^version .* of BTC_USDT 1h cannot be used: .*; run `mkrich rollback BTC_USDT` to serve"
+    ) as e:
         store.load(PAIR)
     assert "\n" not in str(e.value) and len(str(e.value)) < 300, e.value
     bundle = store.load_champion(PAIR)
-    assert bundle.version == before and folder.name in bundle.degraded and bundle.degraded.endswith(f"meanwhile {before} serves")
+    assert (
+        bundle.version == before
+        and folder.name in bundle.degraded
+        and bundle.degraded.endswith(f"meanwhile {before} serves")
+    )
     return str(e.value)
 
 
@@ -309,7 +336,9 @@ def test_one_bit_flipped(two, name):
         damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
         (folder / name).write_bytes(damaged)
         refused(store, folder, before)
-        with pytest.raises(StoreError, match="cannot be used"):  # named directly there is no pointer to vouch for it: the seal does
+        with pytest.raises(
+            StoreError, match="cannot be used"
+        ):  # named directly there is no pointer to vouch for it: the seal does
             store.load(PAIR, version=folder.name)
 
 
@@ -333,7 +362,10 @@ def reseal(folder: Path, **changes) -> None:
     [
         ({"loader": "pickle"}, "extra inputs are not permitted"),
         ({"files": {"../../x": {"sha256": "0" * 64, "size": 9}}}, "input should be 'model.onnx'"),
-        ({"files": {"model.onnx": {"sha256": "0" * 64, "size": 9}}}, "belongs to BTC_USDT 1h 20230101T020000Z-000000000000"),
+        (
+            {"files": {"model.onnx": {"sha256": "0" * 64, "size": 9}}},
+            "belongs to BTC_USDT 1h 20230101T020000Z-000000000000",
+        ),
         ({"files": {"model.onnx": {"sha256": "0" * 64, "size": 1 << 40}}}, "less than or equal to 67108864"),
         ({"files": {}}, "is sealed with"),
         ({"pair": "ETH_USDT"}, "belongs to ETH_USDT"),
@@ -355,7 +387,9 @@ def test_huge_object_is_refused_unread(two):
     with (folder / "model.onnx").open("wb") as f:
         f.truncate(2 << 30)
     started = time.process_time()
-    with pytest.raises(StoreError, match="has 2,147,483,648 bytes, more than the 67,108,864 allowed; it was not fetched") as e:
+    with pytest.raises(
+        StoreError, match="has 2,147,483,648 bytes, more than the 67,108,864 allowed; it was not fetched"
+    ) as e:
         store.load(PAIR)
     assert time.process_time() - started < 0.5 and e.value.reason == "too_large"
     assert store.load_champion(PAIR).version == before
@@ -381,7 +415,22 @@ def test_rollback_passes_over_a_damaged_version(two):
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------
 
-BAD = ["../x", "..", "/etc/passwd", "a/b/c", "BTC_USDT/../..", "", " ", "\0", "ÄÖ_USDT", "𝔹TC_USDT", "B" * 300, "%2e%2e", "file:///x", "."]
+BAD = [
+    "../x",
+    "..",
+    "/etc/passwd",
+    "a/b/c",
+    "BTC_USDT/../..",
+    "",
+    " ",
+    "\0",
+    "ÄÖ_USDT",
+    "𝔹TC_USDT",
+    "B" * 300,
+    "%2e%2e",
+    "file:///x",
+    ".",
+]
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -409,7 +458,10 @@ def test_read_only_folder(run):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        url, user = (folder / "models").as_uri(), {"user": 65534} if os.geteuid() == 0 else {}  # root may write anywhere: be nobody
+        url, user = (
+            (folder / "models").as_uri(),
+            {"user": 65534} if os.geteuid() == 0 else {},
+        )  # root may write anywhere: be nobody
         version = publish(url, 1, GRAPH)
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() and user else 0o555 if path.is_dir() else 0o444)
@@ -421,7 +473,10 @@ def test_read_only_folder(run):
             path.chmod(0o755)
 
 
-@pytest.mark.parametrize("url", ["", "models", "ftp://host/x", "file://models", "file:///", "file:///proc/models", "file:///dev/null/x", "s3://"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "models", "ftp://host/x", "file://models", "file:///", "file:///proc/models", "file:///dev/null/x", "s3://"],
+)
 def test_broken_url(url):
     with pytest.raises(StoreError) as e:
         ModelStore(url).load(PAIR)
@@ -430,10 +485,17 @@ def test_broken_url(url):
 
 
 def test_unreachable_bucket(monkeypatch):
-    keys = {"AWS_ENDPOINT": "http://127.0.0.1:9", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "SECRETKEY"}
+    keys = {
+        "AWS_ENDPOINT": "http://127.0.0.1:9",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": "SECRETKEY",
+    }
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StoreError, match=r"the model store s3://bucket/models cannot be read: .*; check MUR_MODELS_URL") as e:
+    with pytest.raises(
+        StoreError, match=r"the model store s3://bucket/models cannot be read: .*; check MUR_MODELS_URL"
+    ) as e:
         ModelStore("s3://bucket/models").load_champion(PAIR)
     assert "\n" not in str(e.value) and "SECRETKEY" not in str(e.value)
 

@@ -8,8 +8,8 @@ import pytest
 from s3_kit import s3  # noqa: F401
 from test_model_store_faults import GRAPH, PAIR, draft, publish
 
-from make_us_rich.registry.store import ModelStore
 from make_us_rich.core.settings import StoreError
+from make_us_rich.registry.store import ModelStore
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def url(s3, monkeypatch):  # noqa: F811
 def test_publish_promote_load_roll_back(url):
     first, second = publish(url, 1, GRAPH), publish(url, 2, GRAPH + b"2")
     store = ModelStore(url)
-    assert [i.version for i in store.versions(PAIR, "1h")] == [second, first] and store.champion(PAIR, "1h").version == second
+    assert [i.version for i in store.versions(PAIR, "1h")] == [second, first] and store.champion(
+        PAIR, "1h"
+    ).version == second
     assert store.load(PAIR, "1h").model == GRAPH + b"2"
     store.rollback(PAIR, "1h", reason="worse than it looked")
     assert store.champion(PAIR, "1h").version == first and store.load(PAIR, "1h").model == GRAPH
@@ -43,7 +45,9 @@ def test_eight_writers_of_one_run_make_one_version(url):
 
     with ThreadPoolExecutor(8) as pool:
         versions = set(pool.map(write, range(8)))
-    whole = [i.version for i in ModelStore(url).versions(PAIR, "1h") if not i.problem]  # a loser leaves its model, never a manifest
+    whole = [
+        i.version for i in ModelStore(url).versions(PAIR, "1h") if not i.problem
+    ]  # a loser leaves its model, never a manifest
     assert len(versions) == 1 and whole == list(versions)
 
 
@@ -80,5 +84,8 @@ def test_damaged_object_is_found_and_the_last_good_one_serves(url):
 
 def test_wrong_keys_are_one_sentence(url, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(StoreError, match=r"^the model store s3://\S+ cannot be written: .*; check MUR_MODELS_URL, its rights and its disk$"):
+    with pytest.raises(
+        StoreError,
+        match=r"^the model store s3://\S+ cannot be written: .*; check MUR_MODELS_URL, its rights and its disk$",
+    ):
         publish(url, 1, GRAPH)

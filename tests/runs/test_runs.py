@@ -13,13 +13,13 @@ import psutil
 import pytest
 from waiting import LONG, gone, wait_for
 
-from make_us_rich.runs import runner as runs
+from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.market.candles import fake_candles
-from make_us_rich.registry.store import ModelStore
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs import runner as runs
 from make_us_rich.runs.runner import start_warm
 from make_us_rich.runs.train import run_training
-from make_us_rich.core.settings import SettingsError, get_settings
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "small_run.ipynb"
 RECORD_PID = "Path(os.environ['TEST_PID_FILE']).write_text(str(os.getpid()))"
@@ -35,7 +35,9 @@ def exchange():
 @pytest.fixture
 def settings(exchange, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_PID_FILE", str(tmp_path / "pid"))
-    return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=10, deadline=LONG)
+    return get_settings(
+        home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=10, deadline=LONG
+    )
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def late(monkeypatch, tmp_path):
     told = []
 
     def clock():
-        jump = LONG if told else 0  # from the second look on, so that the runner has read what the cell's start reported
+        jump = (
+            LONG if told else 0
+        )  # from the second look on, so that the runner has read what the cell's start reported
         told[:] = [path for path in [tmp_path / "pid"] if path.exists() and path.read_text()]
         return time.monotonic() + jump
 
@@ -52,7 +56,9 @@ def late(monkeypatch, tmp_path):
 
 
 def start(settings, act="", **parameters):
-    return run_training("BTC_USDT", settings=settings, notebook=NOTEBOOK, parameters={"act": act, "history_days": 10} | parameters)
+    return run_training(
+        "BTC_USDT", settings=settings, notebook=NOTEBOOK, parameters={"act": act, "history_days": 10} | parameters
+    )
 
 
 def kept(outcome):
@@ -81,11 +87,17 @@ def test_published_once_and_skipped_the_second_time(settings):  # F34
 def test_killed_kernel(settings):  # F27
     outcome = start(settings, "os.kill(os.getpid(), signal.SIGKILL)")
     assert (outcome.state, outcome.exit_class, outcome.exit_code) == ("failed", "kernel_died", 1)
-    assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act; most often the machine ran out of memory")
+    assert outcome.reason.startswith(
+        "kernel died (signal 9) in cell 4 of 5: Act; most often the machine ran out of memory"
+    )
     page, states = kept(outcome)
     assert states == ["completed", "completed", "completed", "failed", "pending"]
     assert "kernel died (signal 9)" in page.cells[0].source and Path(outcome.notebook).name == "train.failed.ipynb"
-    assert not versions(settings) and not list(settings.runs.rglob("*.part")) and not list(settings.runs.rglob("train.ipynb"))
+    assert (
+        not versions(settings)
+        and not list(settings.runs.rglob("*.part"))
+        and not list(settings.runs.rglob("train.ipynb"))
+    )
     repaired = start(settings)  # the next start simply works, and no stale evidence is left
     assert repaired.state == "published" and not list(settings.runs.rglob("*.failed.ipynb"))
 
@@ -95,7 +107,10 @@ def test_warm_start_tells_the_same_truth(settings, tmp_path, request):
     start_warm()
     try:
         outcome = start(settings, "os.kill(os.getpid(), signal.SIGKILL)")
-        assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act") and kept(outcome)[1][-2:] == ["failed", "pending"]
+        assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act") and kept(outcome)[1][-2:] == [
+            "failed",
+            "pending",
+        ]
         request.getfixturevalue("late")
         stopped = start(settings, f"{RECORD_PID}; time.sleep(3600)")
         assert stopped.exit_class == "timeout" and not psutil.pid_exists(int((tmp_path / "pid").read_text()))
@@ -116,7 +131,12 @@ def test_cell_raises(settings):  # F30
     assert outcome.reason == "ZeroDivisionError: division by zero (in cell 4 of 5: Act)"
     page, states = kept(outcome)
     assert states == ["completed", "completed", "completed", "failed", "pending"]
-    assert any(o.output_type == "error" and o.ename == "ZeroDivisionError" for c in page.cells if c.cell_type == "code" for o in c.outputs)
+    assert any(
+        o.output_type == "error" and o.ename == "ZeroDivisionError"
+        for c in page.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+    )
     no_data = start(settings, "raise CandleError('no candles for BTC_USDT since today; ask for another pair')")
     assert (no_data.exit_class, no_data.exit_code) == ("no_data", 3)
     assert no_data.reason == "no candles for BTC_USDT since today; ask for another pair"
@@ -145,7 +165,11 @@ print(outcome.model_dump_json())
 
 
 def runner(settings, act=""):
-    env = os.environ | {"MUR_HOME": str(settings.home), "MUR_RUNS": str(settings.runs), "MUR_EXCHANGE_URL": settings.exchange_url}
+    env = os.environ | {
+        "MUR_HOME": str(settings.home),
+        "MUR_RUNS": str(settings.runs),
+        "MUR_EXCHANGE_URL": settings.exchange_url,
+    }
     command = [sys.executable, "-c", RUNNER, str(NOTEBOOK), act]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -220,5 +244,3 @@ def test_wrong_parameters_start_no_kernel(settings, parameters, sentence):  # F3
         start(settings, **parameters)
     assert sentence in str(caught.value)
     assert not settings.runs.exists()
-
-

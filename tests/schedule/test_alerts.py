@@ -10,12 +10,20 @@ import pytest
 from servers import database_url, postgresql  # noqa: F401
 
 from make_us_rich import alerts as module
-from make_us_rich.schedule.alerts import (
-    Alerts, Condition, Watched, beat, database_conditions, exchange_away, open_services, read_state, send_test,
-)
-from make_us_rich.core.tables import ForecastRow, RunRow
 from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import SettingsError
+from make_us_rich.core.tables import ForecastRow, RunRow
+from make_us_rich.schedule.alerts import (
+    Alerts,
+    Condition,
+    Watched,
+    beat,
+    database_conditions,
+    exchange_away,
+    open_services,
+    read_state,
+    send_test,
+)
 
 NOON = pd.Timestamp("2026-11-24T12:00Z")
 HOUR = pd.Timedelta("1h")
@@ -117,8 +125,22 @@ def test_do_not_know_is_not_all_is_well(inbox, tmp_path):
 
 
 def run(hours_ago, state, **more):
-    facts = {"run_id": f"r{hours_ago}", "cutoff": NOON - hours_ago * HOUR, "state": state, "reason": "why", "started_at": NOON}
-    plain = {"pair": "BTC_USDT", "interval": "1h", "recipe": "default", "recipe_hash": "0", "exit_class": "", "version": "", "host": "here"}
+    facts = {
+        "run_id": f"r{hours_ago}",
+        "cutoff": NOON - hours_ago * HOUR,
+        "state": state,
+        "reason": "why",
+        "started_at": NOON,
+    }
+    plain = {
+        "pair": "BTC_USDT",
+        "interval": "1h",
+        "recipe": "default",
+        "recipe_hash": "0",
+        "exit_class": "",
+        "version": "",
+        "host": "here",
+    }
     return RunRow(**facts | plain | {"notebook": "", "log": "", "attempts": 1} | more)
 
 
@@ -129,7 +151,11 @@ def test_rules_on_both_databases(database_url):  # noqa: F811
 
     def found(now=NOON):
         with session(engine) as s:
-            return {c.key.partition("/")[0] for conditions in database_conditions(s, [btc], now).values() for c in conditions}
+            return {
+                c.key.partition("/")[0]
+                for conditions in database_conditions(s, [btc], now).values()
+                for c in conditions
+            }
 
     assert found() == {"retrain"}  # never trained
     with session(engine) as s:

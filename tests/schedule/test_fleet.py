@@ -17,23 +17,25 @@ from s3_kit import FLEET, s3  # noqa: F401
 from servers import _die_with_parent, free_port, postgresql  # noqa: F401
 from waiting import LONG, wait_for
 
+from make_us_rich.core.database import connect, migrate
+from make_us_rich.core.locks import Locks, pair_lock
+from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import fake_candles
-from make_us_rich.core.database import connect, migrate
-from make_us_rich.schedule.fleet import missing_runs
-from make_us_rich.core.locks import Locks, pair_lock
-from make_us_rich.registry.store import ModelStore
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.train import close_lost, plan_run
 from make_us_rich.runs.run import find_notebook
+from make_us_rich.runs.train import close_lost, plan_run
+from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
-from make_us_rich.core.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "tests" / "notebooks" / "small_run.ipynb"
 PAIRS = ("ADA_USDT", "BTC_USDT", "ETH_USDT", "SOL_USDT")
-LIST = "pretrain: false\npairs:\n" + "".join(f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS)
+LIST = "pretrain: false\npairs:\n" + "".join(
+    f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS
+)
 needs_prefect = pytest.mark.skipif(not (FLEET / "prefect").exists(), reason="needs .venv-prefect (make fleet)")
 
 
@@ -56,7 +58,9 @@ with Locks({database!r}, Path()).hold([{name!r}, "ticket/1"]):
     print("held", flush=True)
     time.sleep(3600)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
+    ) as process:
         assert process.stdout.readline() == "held\n"
         assert locks.taken([name, "ticket/1", "ticket/2"]) == {name, "ticket/1"}
         with pytest.raises(Exception, match="somebody else is at pair/BTC_USDT/1h"), locks.hold([name]):
@@ -80,7 +84,9 @@ def test_rows_of_a_dead_host_are_closed_and_wanted_again_three_times(database, t
             assert missing_runs(plan, ledger, settings, now) == []  # it is under way
         assert close_lost(ledger, settings, {("ETH_USDT", "1h")}) == []
     assert missing_runs(plan, ledger, settings, now) == []  # three hosts died over it: enough for this candle
-    assert [w.why for w in missing_runs(plan, ledger, settings, now + pd.Timedelta("1h"))] == ["the newest one is of 2026-11-24T12:00:00Z"]
+    assert [w.why for w in missing_runs(plan, ledger, settings, now + pd.Timedelta("1h"))] == [
+        "the newest one is of 2026-11-24T12:00:00Z"
+    ]
     ledger.engine.dispose()
 
 
@@ -117,24 +123,35 @@ class Fleet:
         "A program of `mkrich` in the background; as a host it has a name, a home and processes of its own."
         home = self.folder / name
         home.mkdir(parents=True)
-        command, env = [self.program, *words], self.environment | {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs")}
+        command, env = (
+            [self.program, *words],
+            self.environment | {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs")},
+        )
         if host:
             inside = ["sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
             command = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", *inside]
         with (home / "log").open("wb") as log:
-            process = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log, preexec_fn=_die_with_parent, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=env, cwd=home, stdout=log, stderr=log, preexec_fn=_die_with_parent, start_new_session=True
+            )
         self.hosts[name] = process
         return process
 
     def wait_for(self, condition, what):
         "Wait as long as something happens: a line in a log, an answer of the engine."
-        return wait_for(condition, LONG, what, progress=lambda: [path.stat().st_size for path in self.folder.glob("*/log")])
+        return wait_for(
+            condition, LONG, what, progress=lambda: [path.stat().st_size for path in self.folder.glob("*/log")]
+        )
 
     def log(self):
-        return "\n".join(f"== {p.parent.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("*/log"))
+        return "\n".join(
+            f"== {p.parent.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("*/log")
+        )
 
     def ask(self, path, told=None):
-        request = urllib.request.Request(f"{self.api}/{path}", json.dumps(told or {}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.api}/{path}", json.dumps(told or {}).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=LONG) as answer:
             return json.load(answer)
 
@@ -145,11 +162,21 @@ class Fleet:
             return False
 
     def runs(self):
-        return self.ask("flow_runs/filter", {"flows": {"name": {"any_": ["mkrich-train"]}}, "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}}})
+        return self.ask(
+            "flow_runs/filter",
+            {
+                "flows": {"name": {"any_": ["mkrich-train"]}},
+                "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}},
+            },
+        )
 
     def stop(self):
         for process in self.hosts.values():
-            family = [p for q in psutil.Process(process.pid).children(recursive=True) for p in [q]] if process.poll() is None else []
+            family = (
+                [p for q in psutil.Process(process.pid).children(recursive=True) for p in [q]]
+                if process.poll() is None
+                else []
+            )
             for member in [*family, process]:
                 try:
                     member.kill()
@@ -160,12 +187,26 @@ class Fleet:
 
 @pytest.fixture
 def fleet(tmp_path, s3, database, postgresql):  # noqa: F811
-    with ReplayServer({pair: fake_candles(400, seed) for seed, pair in enumerate(PAIRS)}, label="synthetic candles") as exchange:
+    with ReplayServer(
+        {pair: fake_candles(400, seed) for seed, pair in enumerate(PAIRS)}, label="synthetic candles"
+    ) as exchange:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MUR_", "PREFECT_")) and k != "PYTHONPATH"}
-        ours = {"MUR_HISTORY_DAYS": "10", "MUR_EXCHANGE_URL": exchange.url, "MUR_DATABASE_URL": database, "MUR_MODELS_URL": (models := s3.new_store("models"))}
-        ours |= {"MUR_CANDLES_URL": models.replace("/models", "/candles"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        ours = {
+            "MUR_HISTORY_DAYS": "10",
+            "MUR_EXCHANGE_URL": exchange.url,
+            "MUR_DATABASE_URL": database,
+            "MUR_MODELS_URL": (models := s3.new_store("models")),
+        }
+        ours |= {
+            "MUR_CANDLES_URL": models.replace("/models", "/candles"),
+            "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+        }
         fleet = Fleet(tmp_path, clean | s3.environment | ours)
-        fleet.exchange, fleet.database = exchange, postgresql.new_database().replace("postgresql://", "postgresql+asyncpg://")
+        fleet.exchange, fleet.database = (
+            exchange,
+            postgresql.new_database().replace("postgresql://", "postgresql+asyncpg://"),
+        )
         try:
             yield fleet
         finally:
@@ -173,7 +214,13 @@ def fleet(tmp_path, s3, database, postgresql):  # noqa: F811
 
 
 def command(fleet, *words):
-    done = subprocess.run([fleet.program, *words], env=fleet.environment | {"MUR_HOME": str(fleet.folder / "me")}, cwd=fleet.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [fleet.program, *words],
+        env=fleet.environment | {"MUR_HOME": str(fleet.folder / "me")},
+        cwd=fleet.folder,
+        capture_output=True,
+        text=True,
+    )
     assert "Traceback" not in done.stderr
     return done
 
@@ -184,18 +231,38 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     away = command(fleet, "deploy-schedule", "BTC_USDT", "--server", fleet.api)
     assert away.returncode == 2 and f"{fleet.api} does not answer; start one with `mkrich fleet server`" in away.stderr
 
-    fleet.start("server", "fleet", "server", "--port", fleet.api.rpartition(":")[2].partition("/")[0], "--database", fleet.database)
+    fleet.start(
+        "server",
+        "fleet",
+        "server",
+        "--port",
+        fleet.api.rpartition(":")[2].partition("/")[0],
+        "--database",
+        fleet.database,
+    )
     try:
         fleet.wait_for(fleet.is_up, "the Prefect server")
     except AssertionError as e:
         raise AssertionError(f"{e}\n{fleet.log()}") from e
     (fleet.folder / "pairs.yaml").write_text(LIST + "- {pair: XRP_USDT, recipe: default}\n")
-    deploy = ("deploy-schedule", "--file", str(fleet.folder / "pairs.yaml"), "--server", fleet.api, "--limit", "4", "--sweep", "5")
+    deploy = (
+        "deploy-schedule",
+        "--file",
+        str(fleet.folder / "pairs.yaml"),
+        "--server",
+        fleet.api,
+        "--limit",
+        "4",
+        "--sweep",
+        "5",
+    )
     first = command(fleet, *deploy)
     assert first.returncode == 0, first.stderr
     (fleet.folder / "pairs.yaml").write_text(LIST)
     done = command(fleet, *deploy)
-    assert done.stdout.count("deployed") == 5 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("deployed") == 5 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout, (
+        done.stdout + done.stderr
+    )
     deployed = fleet.ask("deployments/filter")
     assert {d["name"] for d in deployed} == {f"{pair}.1h.default" for pair in PAIRS} | {"sweep"}
     assert {s["schedule"]["interval"] for d in deployed for s in d["schedules"]} == {3600.0, 5.0}
@@ -206,7 +273,11 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     settings = get_settings(database_url=fleet.environment["MUR_DATABASE_URL"])
     ledger = RunLedger(connect(settings.db_url))
     try:
-        running = lambda: [r for r in ledger.rows(state="running") if (fleet.folder / r.host.partition("/")[0] / "runs" / r.pair / "running.json").exists()]  # noqa: E731
+        running = lambda: [
+            r
+            for r in ledger.rows(state="running")
+            if (fleet.folder / r.host.partition("/")[0] / "runs" / r.pair / "running.json").exists()
+        ]
         victim = fleet.wait_for(running, "a run in its notebook")[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
@@ -230,8 +301,15 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
             infos = store.versions(pair, "1h")
             whole = [i.version for i in infos if i.manifest and i.manifest.run_id == row.run_id]
             assert not [i for i in infos if i.manifest and i.manifest.run_id != row.run_id]
-            assert (row.state, whole, store.champion(pair, "1h").version) == ("published", [row.version], row.version), (pair, row.state, row.reason)
-        fleet.wait_for(lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")], "the end of all runs in Prefect")
+            assert (row.state, whole, store.champion(pair, "1h").version) == (
+                "published",
+                [row.version],
+                row.version,
+            ), (pair, row.state, row.reason)
+        fleet.wait_for(
+            lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
+            "the end of all runs in Prefect",
+        )
         states = [r["state_type"] for r in fleet.runs()]
         assert states.count("CRASHED") >= 1 and states.count("COMPLETED") >= len(PAIRS), states
         mine, shared = CandleStore(fleet.folder / other / "store" / "candles"), fleet.environment["MUR_CANDLES_URL"]
@@ -239,8 +317,13 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
 
         fresh = CandleStore(fleet.folder / "me" / "candles")
         assert CandleMirror(shared, fresh).pull(victim.pair) and fresh.info(victim.pair) == mine.info(victim.pair)
-        assert command(fleet, "fleet", "plan", "--file", str(fleet.folder / "pairs.yaml")).stdout.strip() == "nothing is missing"
+        assert (
+            command(fleet, "fleet", "plan", "--file", str(fleet.folder / "pairs.yaml")).stdout.strip()
+            == "nothing is missing"
+        )
     except AssertionError as e:
-        raise AssertionError(f"{e}\n{[(r.pair, r.state, r.host, r.attempts, r.reason) for r in ledger.rows()]}\n{fleet.log()}") from e
+        raise AssertionError(
+            f"{e}\n{[(r.pair, r.state, r.host, r.attempts, r.reason) for r in ledger.rows()]}\n{fleet.log()}"
+        ) from e
     finally:
         ledger.engine.dispose()

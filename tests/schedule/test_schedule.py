@@ -14,17 +14,16 @@ import pytest
 from servers import database_url, postgresql  # noqa: F401
 from waiting import LONG, gone, wait_for
 
-from make_us_rich.market.candles import fake_candles
 from make_us_rich.core.database import connect, migrate
-from make_us_rich.runs.evidence import keep_page, outside_requests
-from make_us_rich.registry.store import ModelStore
+from make_us_rich.core.settings import get_settings
+from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs.evidence import keep_page, outside_requests
 from make_us_rich.runs.ledger import Planned, RunLedger
-from make_us_rich.runs.train import run_recorded
-from make_us_rich.runs.train import run_pretraining
+from make_us_rich.runs.train import run_pretraining, run_recorded
 from make_us_rich.schedule.plan import Plan, PlanFile, read_plan
 from make_us_rich.schedule.schedule import Options, Schedule, look_around, run_once, start, stop
-from make_us_rich.core.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "tests" / "notebooks" / "small_run.ipynb"
@@ -61,7 +60,9 @@ def settings(exchange, tmp_path, monkeypatch):
     exchange.faults = Faults()
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    return get_settings(home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=LONG)
+    return get_settings(
+        home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=5, deadline=LONG
+    )
 
 
 @pytest.fixture
@@ -80,7 +81,16 @@ def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
 
 def test_short_month(tmp_path):
     "Kernels die, an outage, a full disk, a worker and two schedules killed: one true outcome each, no orphan, no half version, alerts."
-    command = [sys.executable, str(ROOT / "bench" / "simulated_month.py"), "--pairs", "2", "--hours", "9", "--seed", "3"]
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "simulated_month.py"),
+        "--pairs",
+        "2",
+        "--hours",
+        "9",
+        "--seed",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout[: done.stdout.index("}\n", done.stdout.index('"alerts"')) + 1])
@@ -94,18 +104,28 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
 
     killed = start_run("os.kill(os.getpid(), signal.SIGKILL)")
     row = ledger.find(killed.run_id)
-    assert (row.state, row.exit_class, row.attempts) == ("failed", "kernel_died", 1) and row.retry_at > pd.Timestamp.now("UTC")
+    assert (row.state, row.exit_class, row.attempts) == (
+        "failed",
+        "kernel_died",
+        1,
+    ) and row.retry_at > pd.Timestamp.now("UTC")
     assert Path(row.notebook).name == "train.failed.ipynb" and Path(row.log).exists()
     full = start_run("raise OSError(28, 'No space left on device')")
     row = ledger.find(full.run_id)
     assert (row.exit_class, row.retry_at, row.attempts) == ("disk_full", None, 2)
     assert row.reason.startswith("disk full: OSError: [Errno 28]")
     idle = start_run()  # a schedule leaves a failure that no retry helps as it is
-    assert idle.state == "skipped" and "that run was failed (disk_full: disk full" in idle.reason and ledger.find(full.run_id).reason == row.reason
+    assert (
+        idle.state == "skipped"
+        and "that run was failed (disk_full: disk full" in idle.reason
+        and ledger.find(full.run_id).reason == row.reason
+    )
     fine = start_run(again=True)
     row = ledger.find(fine.run_id)
     assert (row.state, row.version, row.attempts, row.exit_class) == ("published", fine.version, 3, "ok")
-    assert start_run().reason.startswith(f"nothing to do: no closed candle after {fine.cutoff} and the same recipe; that run was published")
+    assert start_run().reason.startswith(
+        f"nothing to do: no closed candle after {fine.cutoff} and the same recipe; that run was published"
+    )
 
     page = Path(keep_page(fine, settings).page)
     assert page.name == "train.html" and outside_requests(page.read_text()) == [] and "A small run" in page.read_text()
@@ -117,14 +137,27 @@ def test_a_version_that_is_gone_is_made_again_when_a_person_asks(settings, ledge
     shutil.rmtree(settings.home / "models")
     assert recorded(settings, ledger, exchange).state == "skipped"  # a schedule goes by its ledger
     again = recorded(settings, ledger, exchange, again=True)
-    assert (again.state, ledger.find(first.run_id).attempts, ledger.find(first.run_id).version) == ("published", 2, again.version)
+    assert (again.state, ledger.find(first.run_id).attempts, ledger.find(first.run_id).version) == (
+        "published",
+        2,
+        again.version,
+    )
 
 
 def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
     said = []
     act = "read = CandleStore.read; CandleStore.read = lambda self, pair, *a, **k: read(self, 'BTC_USDT', *a, **k)"
-    pooled = recorded(settings, ledger, exchange, "POOLED_ALL", recipe="pooled", run=run_pretraining, on_wait=said.append,
-                      parameters={"pair": "POOLED_ALL", "act": act}, pairs=["BTC_USDT", "GONE_USDT"])
+    pooled = recorded(
+        settings,
+        ledger,
+        exchange,
+        "POOLED_ALL",
+        recipe="pooled",
+        run=run_pretraining,
+        on_wait=said.append,
+        parameters={"pair": "POOLED_ALL", "act": act},
+        pairs=["BTC_USDT", "GONE_USDT"],
+    )
     row = ledger.find(pooled.run_id)
     assert (row.pair, row.recipe, row.state, row.version) == ("POOLED_ALL", "pooled", "published", pooled.version)
     assert ModelStore(settings.store_url).champion("POOLED_ALL", "1h").version == row.version
@@ -191,10 +224,15 @@ def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange,
 def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings, exchange, ledger):  # F37
     settings.home.mkdir(exist_ok=True)
     (settings.home / "hold").touch()
-    schedule = Schedule(settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=BY_HAND, runner="stand_in:run"))
+    schedule = Schedule(
+        settings, Plan(read_plan("- BTC_USDT").entries, ""), Options(jobs=2, tick=BY_HAND, runner="stand_in:run")
+    )
     start(schedule)
     try:
-        wait_for(lambda: len(ledger.rows(state="running")) == 1 and (settings.home / "planned").exists(), what="the first run")
+        wait_for(
+            lambda: len(ledger.rows(state="running")) == 1 and (settings.home / "planned").exists(),
+            what="the first run",
+        )
         for _ in range(5):
             exchange.clock.advance("1h")
             look_around(schedule)
@@ -202,7 +240,10 @@ def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings
         assert "retrain/BTC_USDT/1h/finetune" in schedule.watch.alerts.open
         (settings.home / "hold").unlink()
         newest = exchange.clock.now().floor("h")
-        wait_for(lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()), what="the run of the newest hour")
+        wait_for(
+            lambda: any(r.cutoff == newest and r.state == "published" for r in ledger.rows()),
+            what="the run of the newest hour",
+        )
         assert len(ledger.rows()) == 2, [(r.cutoff, r.state) for r in ledger.rows()]
         look_around(schedule)
         assert not schedule.watch.alerts.open
@@ -236,19 +277,36 @@ run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})),
 
 def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_path):
     (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT]\npretrain: false\n")
-    schedule = Schedule(settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=BY_HAND, runner="stand_in:run"))
+    schedule = Schedule(
+        settings, PlanFile(tmp_path / "pairs.yaml"), Options(jobs=1, tick=BY_HAND, runner="stand_in:run")
+    )
     start(schedule)
     try:
-        wait_for(lambda: schedule.slots.get("BTC_USDT/1h/finetune") and schedule.slots["BTC_USDT/1h/finetune"].state == "published")
+        wait_for(
+            lambda: (
+                schedule.slots.get("BTC_USDT/1h/finetune")
+                and schedule.slots["BTC_USDT/1h/finetune"].state == "published"
+            )
+        )
         (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT, {pair: ETH_USDT, minuts: 2}]\n")
         look_around(schedule)
         assert "did you mean minutes?" in schedule.watch.alerts.open["plan/file"].text
         (tmp_path / "pairs.yaml").write_text("pairs: [ETH_USDT, {pair: BTC_USDT, recipe: nonsense}]\npretrain: false\n")
         look_around(schedule)
-        wait_for(lambda: schedule.slots.get("ETH_USDT/1h/finetune") and schedule.slots["ETH_USDT/1h/finetune"].state == "published")
+        wait_for(
+            lambda: (
+                schedule.slots.get("ETH_USDT/1h/finetune")
+                and schedule.slots["ETH_USDT/1h/finetune"].state == "published"
+            )
+        )
         wait_for(lambda: schedule.slots["BTC_USDT/1h/nonsense"].problem)
         look_around(schedule)
         assert list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"]
-        assert {job.id for job in schedule.jobs.get_jobs()} == {"look", "tidy", "ETH_USDT/1h/finetune", "BTC_USDT/1h/nonsense"}
+        assert {job.id for job in schedule.jobs.get_jobs()} == {
+            "look",
+            "tidy",
+            "ETH_USDT/1h/finetune",
+            "BTC_USDT/1h/nonsense",
+        }
     finally:
         stop(schedule)

@@ -12,25 +12,23 @@ from tiny_model import publish
 
 from make_us_rich import report
 from make_us_rich import service as module
-from make_us_rich.market.candle_store import CandleStore
-from make_us_rich.market.candles import SAMPLE_LABEL, load_sample
-from make_us_rich.market.candles import next_returns, scorable_rows
-from make_us_rich.models.har import HarT
-from make_us_rich.evaluation.scores import evaluate
-from make_us_rich.evaluation.checks import Check, Verdict
-from make_us_rich.registry.served_model import graph_returns
-from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
-from make_us_rich.models.features import split
-from make_us_rich.registry.served_model import open_session
-from make_us_rich.serving.forecasting import forecast_pair
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.market.replay import ReplayServer
-from make_us_rich.runs.report import open_run, rows_to_test
-from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
-from make_us_rich.runs.train import run_training
-from make_us_rich.serving.service import Service
 from make_us_rich.core.settings import get_settings, utc_iso
+from make_us_rich.evaluation.checks import Check, Verdict
+from make_us_rich.evaluation.scores import evaluate
+from make_us_rich.market.candle_store import CandleStore
+from make_us_rich.market.candles import SAMPLE_LABEL, load_sample, next_returns, scorable_rows
+from make_us_rich.market.replay import ReplayServer
 from make_us_rich.models.baselines import LEVELS
+from make_us_rich.models.features import split
+from make_us_rich.models.har import HarT
+from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
+from make_us_rich.registry.served_model import graph_returns, open_session
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
+from make_us_rich.runs.report import open_run, rows_to_test
+from make_us_rich.runs.train import run_training
+from make_us_rich.serving.forecasting import forecast_pair
+from make_us_rich.serving.service import Service
 
 HOUR = pd.Timedelta("1h")
 CLOSED = pd.Timestamp("2023-12-20T12:00Z")  # the newest candle has closed when the first run begins
@@ -46,7 +44,9 @@ def exchange():
 @pytest.fixture(scope="module")
 def settings(exchange, tmp_path_factory):
     home = tmp_path_factory.mktemp("fallback")
-    return get_settings(home=home / "store", runs=home / "runs", exchange_url=exchange.url, poll_seconds=5, deadline=900)
+    return get_settings(
+        home=home / "store", runs=home / "runs", exchange_url=exchange.url, poll_seconds=5, deadline=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,13 @@ def first(settings):
 
 
 def test_the_graph_is_the_model():
-    frame = load_sample("SOL_USDT").tail(5_000).reset_index(drop=True).drop(index=[4_300, 4_301, 4_302]).reset_index(drop=True)
+    frame = (
+        load_sample("SOL_USDT")
+        .tail(5_000)
+        .reset_index(drop=True)
+        .drop(index=[4_300, 4_301, 4_302])
+        .reset_index(drop=True)
+    )
     har = fit_fallback(frame, 4_000)
     session = open_session(fallback_graph(har, frame))
     rows = scorable_rows(frame, np.arange(4_000, len(frame)), window=WINDOW)
@@ -68,7 +74,9 @@ def test_the_graph_is_the_model():
     Q, wanted = graph_returns(predict, WINDOW, frame, rows), har.quantiles(frame, rows)
     assert np.abs(Q - wanted).max() < 1e-6 * np.abs(wanted).max()
     wide = graph_returns(lambda *x: predict(*x, 1.3), WINDOW, frame, rows)
-    assert np.allclose(wide - wide[:, [10]], 1.3 * (Q - Q[:, [10]]), atol=1e-12) and np.allclose(wide[:, 10], Q[:, 10], atol=1e-12)
+    assert np.allclose(wide - wide[:, [10]], 1.3 * (Q - Q[:, [10]]), atol=1e-12) and np.allclose(
+        wide[:, 10], Q[:, 10], atol=1e-12
+    )
     assert fallback_graph(har, frame) == fallback_graph(fit_fallback(frame, 4_000), frame)  # the same bytes
 
 
@@ -83,8 +91,13 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
     assert json.loads(result.read_text())["fallback"] == only.version
     page = (result.parent / "train.ipynb").read_text()
     assert f"The fallback HAR-t `{only.version}` serves." in page and "It is the fallback HAR-t" in page
-    forecast = forecast_pair("BTC_USDT", "1h", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min"))
-    assert (forecast.status, forecast.model_version) == ("ok", only.version) and "the fallback HAR-t" in forecast.reliability
+    forecast = forecast_pair(
+        "BTC_USDT", "1h", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min")
+    )
+    assert (forecast.status, forecast.model_version) == (
+        "ok",
+        only.version,
+    ) and "the fallback HAR-t" in forecast.reliability
 
 
 def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, monkeypatch):
@@ -99,10 +112,14 @@ def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, mon
         frame = load_sample()
         frame = frame[frame["timestamp"] + HOUR <= CLOSED].tail(171).reset_index(drop=True)
         for opens, last in zip(frame["timestamp"].iloc[:-1] + HOUR, frame["close"].iloc[:-1], strict=True):
-            prices = {level: last * (1 + 0.2 * (level - 0.5)) for level in LEVELS}  # a week of useless ranges under the network's name
+            prices = {
+                level: last * (1 + 0.2 * (level - 0.5)) for level in LEVELS
+            }  # a week of useless ranges under the network's name
             times = {"as_of": utc_iso(opens), "target_open": utc_iso(opens), "target_close": utc_iso(opens + HOUR)}
             bad = shown.model_copy(update=times | {"last_close": last, "quantiles": prices, "median": last})
-            service.ledger.record(bad, [last * (1 + 0.02 * (level - 0.5)) for level in LEVELS], opens + pd.Timedelta("3s"))
+            service.ledger.record(
+                bad, [last * (1 + 0.02 * (level - 0.5)) for level in LEVELS], opens + pd.Timedelta("3s")
+            )
         exchange.clock.set(CLOSED + HOUR + pd.Timedelta("5s"))
         service.tick()
         assert store.champion("BTC_USDT").version == har
@@ -150,9 +167,16 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
     assert (check["passed"], fallback.waiting[0].passed) == (False, True)  # told, but no reason to refuse
 
     network = fallback_graph(fit_fallback(run.frame, part.start - 500), run.frame)  # plays the network
-    result = SimpleNamespace(recipe=run.recipe, forecaster=SimpleNamespace(window=WINDOW), history=pd.DataFrame({"step": []}), cpu_seconds=1.0)
+    result = SimpleNamespace(
+        recipe=run.recipe,
+        forecaster=SimpleNamespace(window=WINDOW),
+        history=pd.DataFrame({"step": []}),
+        cpu_seconds=1.0,
+    )
     rows = rows_to_test(run, part, WINDOW)
-    span = SimpleNamespace(scores=evaluate(run.frame, rows, {"network": HarT().fit(run.frame, int(rows[0])).quantiles(run.frame, rows)}))
+    span = SimpleNamespace(
+        scores=evaluate(run.frame, rows, {"network": HarT().fit(run.frame, int(rows[0])).quantiles(run.frame, rows)})
+    )
     refused = publish_or_refuse(run, result, network, span, Verdict([Check("x", False, 0.0, "", "No.")]), fallback)
     assert (refused.state, refused.fallback, run.models.champion("BTC_USDT")) == ("refused", "", None)
     published = publish_or_refuse(run, result, network, span, Verdict([Check("x", True, 0.0, "", "Yes.")]), fallback)

@@ -9,19 +9,18 @@ from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import func, select
 from waiting import LONG
 
-from make_us_rich.market.candles import fake_candles
-from make_us_rich.core.tables import ForecastRow
 from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.models.baselines import Base
+from make_us_rich.core.settings import StoreError, utc_iso
+from make_us_rich.core.tables import ForecastRow
 from make_us_rich.evaluation.scores import evaluate
+from make_us_rich.market.candles import fake_candles
+from make_us_rich.models.baselines import LEVELS, MEDIAN, Base
+from make_us_rich.registry.champion import Pointer
+from make_us_rich.registry.versions import UNUSABLE
+from make_us_rich.serving.breaker import circuit_breaker, demotions, why_suspended
 from make_us_rich.serving.forecast import Forecast
 from make_us_rich.serving.ledger import load_record
-from make_us_rich.serving.breaker import circuit_breaker, demotions, why_suspended
 from make_us_rich.serving.verify import Ledger
-from make_us_rich.registry.versions import UNUSABLE
-from make_us_rich.registry.champion import Pointer
-from make_us_rich.core.settings import StoreError, utc_iso
-from make_us_rich.models.baselines import LEVELS, MEDIAN
 
 HOUR = pd.Timedelta("1h")
 FRAME = fake_candles(1203, seed=4, start="2025-01-01")
@@ -43,10 +42,22 @@ def forecast_of(row: int, spread: float = 0.004, version: str = GOOD) -> Forecas
     as_of, last = FRAME["timestamp"].iloc[row] + HOUR, float(FRAME["close"].iloc[row])
     prices = last * np.exp(quantiles(spread))
     return Forecast(
-        pair="BTC_USDT", interval="1h", status="ok", sentence="",
-        as_of=utc_iso(as_of), target_open=utc_iso(as_of), target_close=utc_iso(as_of + HOUR),
-        last_close=last, median=float(prices[MEDIAN]), quantiles=dict(zip(LEVELS, prices.tolist(), strict=True)), p_up=0.5, width=1.0,
-        model_version=version, source="synthetic candles", label="synthetic candles", run_id="by-hand",
+        pair="BTC_USDT",
+        interval="1h",
+        status="ok",
+        sentence="",
+        as_of=utc_iso(as_of),
+        target_open=utc_iso(as_of),
+        target_close=utc_iso(as_of + HOUR),
+        last_close=last,
+        median=float(prices[MEDIAN]),
+        quantiles=dict(zip(LEVELS, prices.tolist(), strict=True)),
+        p_up=0.5,
+        width=1.0,
+        model_version=version,
+        source="synthetic candles",
+        label="synthetic candles",
+        run_id="by-hand",
     )
 
 
@@ -98,7 +109,15 @@ def test_the_live_record_is_the_backtest(engine):
     assert ledger.settle("BTC_USDT", "1h", FRAME.head(1201)) == len(ROWS)
     record = ledger.track_record("BTC_USDT")
     scores = evaluate(FRAME, ROWS, {"m": np.tile(quantiles(0.004), (len(ROWS), 1))}).table.loc["m"]
-    found = [record.n, record.crps_bp, record.crps_base, record.crps_t, record.mae_naive, *record.hit, record.coverage[80].share]
+    found = [
+        record.n,
+        record.crps_bp,
+        record.crps_base,
+        record.crps_t,
+        record.mae_naive,
+        *record.hit,
+        record.coverage[80].share,
+    ]
     names = ["n", "crps_bp", "crps/base", "dm_t", "mae/naive", "hit", "hit_low", "hit_high"]
     wanted = [*(scores[name] for name in names), len(ROWS), scores["cov80"]]
     assert found == pytest.approx(wanted, rel=1e-9)

@@ -13,15 +13,15 @@ import pytest
 from servers import database_url, postgresql  # noqa: F401
 from tiny_model import PAIRS, publish, sample
 
-from make_us_rich.serving import service as module
-from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.core.database import connect
-from make_us_rich.serving.ledger import load_record
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.market.replay import Faults, ReplayServer
-from make_us_rich.serving.service import Service
 from make_us_rich.core.settings import ExchangeError, StoreError, get_settings, utc_iso
+from make_us_rich.market.candles import SAMPLE_LABEL
+from make_us_rich.market.replay import Faults, ReplayServer
 from make_us_rich.models.baselines import LEVELS
+from make_us_rich.registry.store import ModelStore
+from make_us_rich.serving import service as module
+from make_us_rich.serving.ledger import load_record
+from make_us_rich.serving.service import Service
 
 HOUR = pd.Timedelta("1h")
 START = 3000  # row of the sample: the newest closed candle when a test begins
@@ -95,14 +95,19 @@ def test_48_hours_of_two_pairs(world, trusting):
         assert (record.n, record.open, record.void, record.abstained, record.holes) == (47, 1, 0, 0, [])
         done = service.ledger.verify(pair, world.store, service.parts.candles)
         assert (done.checked, done.unknown) == (48, 0)
-        stored, recorded = service.parts.candles.read(pair), sample(pair)  # zero open candles: all are as they were when they had closed
+        stored, recorded = (
+            service.parts.candles.read(pair),
+            sample(pair),
+        )  # zero open candles: all are as they were when they had closed
         assert stored.equals(recorded[recorded["timestamp"].isin(stored["timestamp"])].reset_index(drop=True))
         assert stored["timestamp"].iloc[-1] + HOUR == world.closed + 47 * HOUR
     assert service.status()["degraded"] == []
     with service.engine.begin() as raw:
         one = "SELECT min(id) FROM forecasts WHERE pair = 'SOL_USDT'"
         raw.exec_driver_sql(f"UPDATE forecasts SET actual = actual * 1.001 WHERE id = ({one})")
-    with pytest.raises(StoreError, match=r"1 of 48 forecasts of SOL_USDT 1h on record differ .*\n.*outcome by") as caught:
+    with pytest.raises(
+        StoreError, match=r"1 of 48 forecasts of SOL_USDT 1h on record differ .*\n.*outcome by"
+    ) as caught:
         service.ledger.verify("SOL_USDT", world.store, service.parts.candles)
     assert caught.value.reason == "record_differs"
 
@@ -225,9 +230,13 @@ def test_hours_offline_are_holes_and_a_restart_invents_nothing(world, trusting):
     service = world.service()
     record = service.ledger.track_record("BTC_USDT")
     assert (record.n, record.open) == (3, 1)  # the one that was open before has its candle now
-    assert record.holes == [{"from": utc_iso(world.closed + 3 * HOUR), "to": utc_iso(world.closed + 7 * HOUR), "hours": 4}]
+    assert record.holes == [
+        {"from": utc_iso(world.closed + 3 * HOUR), "to": utc_iso(world.closed + 7 * HOUR), "hours": 4}
+    ]
     assert "4 h from" in record._repr_markdown_()
-    missing = sample("BTC_USDT")["timestamp"].iloc[START + 9]  # the candle of the hour that opens 8 hours after the start
+    missing = sample("BTC_USDT")["timestamp"].iloc[
+        START + 9
+    ]  # the candle of the hour that opens 8 hours after the start
     world.server.faults = Faults(drop=[(utc_iso(missing), utc_iso(missing))])
     for hour in (8, 9, 10):
         world.set(hour)
@@ -364,7 +373,9 @@ def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trus
     assert "nobody answers" in service.status()["degraded"][0]
     monkeypatch.undo()
     monkeypatch.setattr(module, "try_model", lambda bundle: None)
-    newer = publish(world.store, "BTC_USDT", world.closed, mark=1)  # the store is back: its pointer counts, not that of the copy
+    newer = publish(
+        world.store, "BTC_USDT", world.closed, mark=1
+    )  # the store is back: its pointer counts, not that of the copy
     world.set(0, seconds=120)
     service.tick()
     assert service.status()["pairs"][0]["model_version"] == newer
