@@ -75,7 +75,7 @@ def test_an_upward_import_is_found(planted):
         lambda nb: nb["cells"][-1].update(source=["from make_us_rich.market.replay import ReplayServer"]),
     )
     assert any(
-        "02_market/01_series.ipynb: imports replay from 02_market/07_replay.ipynb" in p for p in check.upward_imports()
+        "02_market/01_series.ipynb: imports replay from 02_market/06_replay.ipynb" in p for p in check.upward_imports()
     )
 
 
