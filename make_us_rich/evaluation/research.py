@@ -53,7 +53,7 @@ def bare(frame: pd.DataFrame) -> dict[Series, pd.DataFrame]:
         series: check_candles(part[COLUMNS].reset_index(drop=True), series.interval) for series, part in parts.items()
     }
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #dc08fbc2
+# %% ../../nbs/04_evaluation/10_research.ipynb #92699a4d
 def load_sample(pair: str | Pair = "BTC_USDT") -> pd.DataFrame:
     "The embedded hourly candles of BTC_USDT (2022, 2023) or SOL_USDT (2023-09 to 2025-08): real, historical, not live."
     return with_keys(market.load_sample(pair), Series.parse(pair, "1h"))
@@ -74,8 +74,8 @@ def candles(series: str | Pair | Series, days: int = 365) -> pd.DataFrame:
     key, settings = Series.parse(series), get_settings()
     rows = int(days * pd.Timedelta("1d") / key.interval.delta)
     store = CandleStore(settings.candles_dir)
-    store.update(BinanceClient(settings.exchange_url), key.pair, str(key.interval), rows=rows)
-    return with_keys(store.read(key.pair, str(key.interval)).tail(rows).reset_index(drop=True), key)
+    store.update(BinanceClient(settings.exchange_url), key, rows=rows)
+    return with_keys(store.read(key).tail(rows).reset_index(drop=True), key)
 
 # %% ../../nbs/04_evaluation/10_research.ipynb #52c9542a
 ALL_LEVELS: tuple[int, ...] = tuple(round(100 - 200 * level) for level in LEVELS[:MEDIAN])  # 95, 90, 80, ... 10
