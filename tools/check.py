@@ -119,13 +119,19 @@ def too_dense() -> list[str]:
         for rule in sorted(found)
         if found.get(rule, 0) > CEILING.get(rule, 0)
     ]
-    return over + [f"the rule '{rule}' has {found.get(rule, 0)} exceptions left: lower its ceiling" for rule, most in CEILING.items() if found.get(rule, 0) < most]
+    return over + [
+        f"the rule '{rule}' has {found.get(rule, 0)} exceptions left: lower its ceiling"
+        for rule, most in CEILING.items()
+        if found.get(rule, 0) < most
+    ]
 
 
 def broken_walls() -> list[str]:
     "What import-linter says about the contracts of .importlinter."
     done = subprocess.run([BIN / "lint-imports", "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True)
-    return re.findall(r"^.+ (?:BROKEN|not configured.*)$|^- .+$|^ *-   .+$", done.stdout, re.M) if done.returncode else []
+    return (
+        re.findall(r"^.+ (?:BROKEN|not configured.*)$|^- .+$|^ *-   .+$", done.stdout, re.M) if done.returncode else []
+    )
 
 
 def stale_house() -> list[str]:

@@ -53,14 +53,14 @@ def bare(frame: pd.DataFrame) -> dict[Series, pd.DataFrame]:
         series: check_candles(part[COLUMNS].reset_index(drop=True), series.interval) for series, part in parts.items()
     }
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #92699a4d
+# %% ../../nbs/04_evaluation/10_research.ipynb #77a3e1d6
 def load_sample(pair: str | Pair = "BTC_USDT") -> pd.DataFrame:
     "The embedded hourly candles of BTC_USDT (2022, 2023) or SOL_USDT (2023-09 to 2025-08): real, historical, not live."
     return with_keys(market.load_sample(pair), Series.parse(pair, "1h"))
 
 
 def read(source: str | Path | pd.DataFrame, series: str | Pair | Series) -> pd.DataFrame:
-    "Candles of a Parquet or CSV file or of a frame with the exchange's columns, cleaned; `attrs['report']` says what was left out."
+    "Candles of a file or frame with the exchange's columns, cleaned; `attrs['report']` says what was left out."
     key = Series.parse(series)
     raw = source if isinstance(source, pd.DataFrame) else read_candles(source)
     frame, report = clean_candles(raw, key.interval)
@@ -70,14 +70,14 @@ def read(source: str | Path | pd.DataFrame, series: str | Pair | Series) -> pd.D
 
 
 def candles(series: str | Pair | Series, days: int = 365) -> pd.DataFrame:
-    "The newest closed candles of the exchange, kept in the candle store of this home; ExchangeError if it is out of reach."
+    "The newest closed candles, kept in the candle store of this home; ExchangeError if the exchange is out of reach."
     key, settings = Series.parse(series), get_settings()
     rows = int(days * pd.Timedelta("1d") / key.interval.delta)
     store = CandleStore(settings.candles_dir)
     store.update(BinanceClient(settings.exchange_url), key, rows=rows)
     return with_keys(store.read(key).tail(rows).reset_index(drop=True), key)
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #52c9542a
+# %% ../../nbs/04_evaluation/10_research.ipynb #ee84d3ec
 ALL_LEVELS: tuple[int, ...] = tuple(round(100 - 200 * level) for level in LEVELS[:MEDIAN])  # 95, 90, 80, ... 10
 
 
@@ -105,8 +105,9 @@ def to_prices(frame: pd.DataFrame, name: str) -> np.ndarray:
         percent for percent in ALL_LEVELS if f"{name}-lo-{percent}" not in frame or f"{name}-hi-{percent}" not in frame
     ]
     if name not in frame or lacking:
-        rule = f"the whole forecast of {name} is needed, {len(lacking)} of its {len(ALL_LEVELS)} ranges are not in the frame"
-        raise CandleError(f"{rule}; make it with level=mur.ALL_LEVELS, the default of cross_validation")
+        found = f"{len(lacking)} of its {len(ALL_LEVELS)} ranges are not in the frame"
+        remedy = "make it with level=mur.ALL_LEVELS, the default of cross_validation"
+        raise CandleError(f"the whole forecast of {name} is needed, {found}; {remedy}")
     prices = np.empty((len(frame), len(LEVELS)))
     prices[:, MEDIAN] = frame[name]
     for percent in ALL_LEVELS:
@@ -114,7 +115,7 @@ def to_prices(frame: pd.DataFrame, name: str) -> np.ndarray:
         prices[:, low], prices[:, high] = frame[f"{name}-lo-{percent}"], frame[f"{name}-hi-{percent}"]
     return prices
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #2ecc76d3
+# %% ../../nbs/04_evaluation/10_research.ipynb #90ab33b3
 class Model:
     "A model of the next candle: `fit` on candles of one series or of many, then `predict`."
 
@@ -132,7 +133,7 @@ class Model:
         return self
 
     def predict(self, level: Sequence[int] = (80, 95), frame: pd.DataFrame | None = None) -> pd.DataFrame:
-        "The candle after the last one of each series (of `frame`, else of those fitted): `unique_id, ds, NAME, NAME-lo-80 ...` in prices."
+        "Prices of the candle after the last one of each series (of `frame`, else of those fitted)."
         rows = [self._next(key, part, level) for key, part in self._asked(frame).items()]
         return pd.concat(rows, ignore_index=True)
 
@@ -153,7 +154,7 @@ class Model:
         keys = {"unique_id": str(key), "ds": last["timestamp"] + key.interval.delta}
         return pd.DataFrame(keys | to_columns(self.name, prices, level))
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #fd84d191
+# %% ../../nbs/04_evaluation/10_research.ipynb #9cb03e46
 class Base(Model):
     "The spread of the last 720 returns around the last close: what a model has to beat."
 
@@ -169,7 +170,7 @@ class HarT(Model):
 
 
 class LSTM(Model):
-    "The project's network, trained by a recipe (`default`, `original`, a file) with some values of your own: `LSTM(hidden=32)`."
+    "The network, trained by a recipe (`default`, `original`, a file), some values your own: `LSTM(epochs=3)`."
 
     def __init__(self, recipe: str = "default", **overrides: Any) -> None:
         super().__init__("LSTM", lambda interval: _network(interval, recipe, overrides))
@@ -184,7 +185,7 @@ def _network(interval: str, recipe: str, overrides: dict[str, Any]) -> Peer:
     chosen = load_recipe(recipe, **overrides)
     return TorchPeer("LSTM", lambda known: training_loop(known, chosen, interval=interval, progress=False).forecaster)
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #f9e3d5c6
+# %% ../../nbs/04_evaluation/10_research.ipynb #fa36faee
 def cross_validation(
     frame: pd.DataFrame,
     models: Model | Sequence[Model],
@@ -192,7 +193,7 @@ def cross_validation(
     refit: int | None = None,
     level: Sequence[int] = ALL_LEVELS,
 ) -> pd.DataFrame:
-    "One-step forecasts of each model over the last `rows` candles of each series: `unique_id, ds, cutoff, y, NAME, NAME-lo-80 ...`."
+    "One-step forecasts over the last `rows` candles of each series: `unique_id, ds, cutoff, y, NAME, NAME-lo-80 ...`."
     asked = [models] if isinstance(models, Model) else list(models)
     twice = {model.name for model in asked if sum(other.name == model.name for other in asked) > 1}
     if twice or not asked:
@@ -212,12 +213,12 @@ def _walk(
     if not len(asked):
         found = f"{key} has {len(part)} candles, and a scored row needs 840 before it without a gap in the last 120"
         raise CandleError(f"{found}; give a longer history or a smaller `rows`", "short_history")
-    times, close = part["timestamp"].to_numpy(), part["close"].to_numpy()
+    times, close = part["timestamp"], part["close"].to_numpy()
     walked = pd.DataFrame(
         {
             "unique_id": str(key),
-            "ds": part["timestamp"].iloc[asked + 1].array,
-            "cutoff": part["timestamp"].iloc[asked].array,
+            "ds": times.iloc[asked + 1].array,
+            "cutoff": times.iloc[asked].array,
             "y": close[asked + 1],
         }
     )
@@ -231,7 +232,7 @@ def _walk(
         walked = walked.assign(**to_columns(model.name, prices, level))
     return walked
 
-# %% ../../nbs/04_evaluation/10_research.ipynb #3137e217
+# %% ../../nbs/04_evaluation/10_research.ipynb #6eb46535
 def names_of(walked: pd.DataFrame) -> list[str]:
     "The models of a frame of `cross_validation`."
     plain = ("unique_id", "ds", "cutoff", "y")
@@ -286,7 +287,8 @@ def plot(frame: pd.DataFrame, forecasts: pd.DataFrame, model: str = "") -> Figur
     if "cutoff" in forecasts:
         key, part, rows, Q = _returns(forecasts, frame, name)
         return plot_test_span(part, rows, Q, interval=key.interval, pair=key.name)
-    (key, part), *more = bare(frame[frame["unique_id"].isin(forecasts["unique_id"])]).items()
-    if more:
-        raise CandleError(f"one series at a time is drawn, not {len(more) + 1}; choose one by its unique_id")
+    parts = bare(frame[frame["unique_id"].isin(forecasts["unique_id"])])
+    if len(parts) != 1:
+        raise CandleError(f"one series at a time is drawn, not {len(parts)}; choose one by its unique_id")
+    key, part = parts.popitem()
     return plot_forecast(part, to_prices(forecasts, name)[0], interval=key.interval, pair=key.name)
