@@ -214,6 +214,7 @@ def gate(
 ) -> None:
     "Judge a stored version again on the newest hours that it has not learned from. Exit code 4 if it does not pass."
     from make_us_rich.market.candle_store import CandleStore
+    from make_us_rich.market.series import Series
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.registry.store import ModelReader
     from make_us_rich.registry.rejudge import regate
@@ -226,7 +227,7 @@ def gate(
     )
     try:
         if version or store.champion(pair, interval):  # without a model there is nothing to fetch candles for
-            candles.update(client, pair, interval)
+            candles.update(client, Series.parse(pair, interval))
             now = client.now()
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")

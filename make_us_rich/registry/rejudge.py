@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, ForecastUnavailable, StoreError, log, utc_iso
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Pair, Series
 from ..market.candles import scorable_rows
 from ..market.candle_store import CandleStore
 from ..models.har import HarT
@@ -113,7 +113,7 @@ def regate(
         )
     model = OnnxModel(store.load(name, step, version))
     other = OnnxModel(store.load(name, step)) if pointer and pointer.version != model.manifest.version else None
-    frame = candles.read(name, step)
+    frame = candles.read(Series(name, step))
     start = max(unseen_from(m.manifest, frame) for m in (model, other) if m)
     window = max(m.window for m in (model, other) if m)
     rows = scorable_rows(frame, np.flatnonzero(frame["timestamp"] >= start), step, window=window)[-(hours + WARM_UP) :]
