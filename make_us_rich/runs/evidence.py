@@ -27,6 +27,7 @@ import pandas as pd
 from ..core.secrets import find_secrets, secret_values
 from ..core.settings import Settings, SettingsError, StoreError, log, system_clock
 from ..core.storage import write_atomic
+from ..market.series import Series
 from ..registry.store import ModelReader, ModelStore
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def keep_page(outcome: "Outcome", settings: Settings) -> "Outcome":
         told = outcome.model_copy(update={"page": str(page)})
         write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
         for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
-            ModelStore(settings.store_url).put_page(outcome.pair, outcome.interval, version, page.read_bytes())
+            ModelStore(settings.store_url).put_page(Series.parse(outcome.pair, outcome.interval), version, page.read_bytes())
     except ModuleNotFoundError as e:
         log.warning(
             "the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'",
@@ -176,7 +177,7 @@ def clean_runs(
 
     now = now if now is not None else system_clock()
     champions = {
-        pointer.version for pair, interval in models.pairs() if (pointer := models.champion(pair, interval)) is not None
+        pointer.version for series in models.series() if (pointer := models.champion(series)) is not None
     }
     gone = []
     for pair_folder in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:

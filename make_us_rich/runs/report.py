@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, Settings, get_settings, utc_iso
-from ..market.series import Interval, Pair
+from ..market.series import Interval, Pair, Series
 from make_us_rich.market.candles import (
     SAMPLE_LABEL,
     SAMPLE_PAIRS,
@@ -271,7 +271,7 @@ def window_of_result(result: TrainResult) -> int:
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
     "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
-    champion = champion_returns(run.models, run.frame, span.rows, run.pair, run.interval)
+    champion = champion_returns(run.models, run.frame, span.rows, Series.parse(run.pair, run.interval))
     return gate(
         run.frame,
         span.rows,

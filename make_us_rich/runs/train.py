@@ -23,7 +23,7 @@ from ..core.settings import CandleError, MakeUsRichError, Settings, StoreError, 
 from ..core.storage import write_atomic
 from ..core.tables import RunRow
 from ..core.locks import Busy, ledger_locks, pair_lock
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Pair, Series
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
 from ..models.recipe import Recipe, load_recipe
@@ -86,25 +86,14 @@ def _write_outcome(path: Path, outcome: Outcome) -> None:
     write_atomic(path, outcome.model_dump_json(indent=1).encode())
 
 # %% ../../nbs/08_runs/08_train.ipynb #31ed9ae3
-def published_before(models: ModelStore, outcome: Outcome, folder: Path) -> str:
+def published_before(models: ModelStore, outcome: Outcome) -> str:
     "Version of an earlier run with the same id, promoted if that was still to be done; empty if there is none."
-    bundle = models.of_run(outcome.pair, outcome.interval, outcome.run_id)
+    series = Series.parse(outcome.pair, outcome.interval)
+    bundle = models.of_run(series, outcome.run_id)
     if bundle is None:
         return ""
-    champion = models.champion(outcome.pair, outcome.interval)
-    interrupted = _earlier_state(folder) != "published"
-    if interrupted and bundle.manifest.passed and (champion is None or champion.version[:16] <= bundle.version[:16]):
-        models.promote(
-            outcome.pair, outcome.interval, bundle.version, "adopted: its run was killed before it could promote"
-        )
+    models.adopt(series, outcome.run_id, "adopted: its run was killed before it could promote")
     return bundle.version
-
-
-def _earlier_state(folder: Path) -> str:
-    try:
-        return Outcome.model_validate_json((folder / "outcome.json").read_bytes()).state
-    except (OSError, ValueError):
-        return "published"
 
 # %% ../../nbs/08_runs/08_train.ipynb #7f14be8a
 def judge(end: Execution, result_path: Path, models: ModelStore, outcome: Outcome) -> Outcome:
@@ -139,7 +128,7 @@ def judge(end: Execution, result_path: Path, models: ModelStore, outcome: Outcom
 
 
 def _in_store(models: ModelStore, outcome: Outcome, version: str) -> bool:
-    bundle = models.of_run(outcome.pair, outcome.interval, outcome.run_id)
+    bundle = models.of_run(Series.parse(outcome.pair, outcome.interval), outcome.run_id)
     return bundle is not None and bundle.version == version
 
 # %% ../../nbs/08_runs/08_train.ipynb #7d718ea2
@@ -191,7 +180,7 @@ def _at_cutoff(
         started_at=utc_iso(system_clock()),
     )
     models = ModelStore(settings.store_url)
-    if version := published_before(models, outcome, folder):
+    if version := published_before(models, outcome):
         reason = f"already published as {version}; a new version comes with the next closed candle or another recipe"
         return outcome.model_copy(update={"state": "skipped", "exit_class": "ok", "version": version, "reason": reason})
     chosen |= {"pair": str(pair)} if pair != POOLED else {}
@@ -279,7 +268,7 @@ def close_lost(ledger: RunLedger, settings: Settings, pairs: set[tuple[str, str]
         if (row.pair, row.interval) in pairs:
             state, facts = _what_became(row, settings)
             if state == "published":
-                _promote_adopted(row, facts["version"], settings)
+                _promote_adopted(row, settings)
             ledger.finish(row.run_id, state, **facts)
             closed.append(ledger.find(row.run_id))
     return closed
@@ -294,14 +283,11 @@ def close_abandoned(ledger: RunLedger, settings: Settings) -> list[RunRow]:
     return closed
 
 
-def _promote_adopted(row: RunRow, version: str, settings: Settings) -> None:
+def _promote_adopted(row: RunRow, settings: Settings) -> None:
     from make_us_rich.registry.store import ModelStore
 
-    models = ModelStore(settings.store_url)
-    bundle, champion = models.load(row.pair, row.interval, version), models.champion(row.pair, row.interval)
-    known = {step.version for step in champion.steps} if champion else set()
-    if bundle.manifest.passed and version not in known and (champion is None or champion.version[:16] <= version[:16]):
-        models.promote(row.pair, row.interval, version, "adopted: its host died before it could promote")
+    series, reason = Series.parse(row.pair, row.interval), "adopted: its host died before it could promote"
+    ModelStore(settings.store_url).adopt(series, row.run_id, reason)
 
 
 def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
@@ -330,7 +316,7 @@ def _what_became(row: RunRow, settings: Settings) -> tuple[str, dict[str, Any]]:
         recipe=row.recipe,
     )
     try:
-        if version := published_before(ModelStore(settings.store_url), left, folder):
+        if version := published_before(ModelStore(settings.store_url), left):
             return "published", {
                 "exit_class": "ok",
                 "version": version,
@@ -495,7 +481,7 @@ def _is_lost(row: RunRow, settings: Settings) -> bool:
     from make_us_rich.registry.store import ModelReader
 
     return (
-        row.state == "published" and ModelReader(settings.store_url).of_run(row.pair, row.interval, row.run_id) is None
+        row.state == "published" and ModelReader(settings.store_url).of_run(Series.parse(row.pair, row.interval), row.run_id) is None
     )
 
 # %% ../../nbs/08_runs/08_train.ipynb #b5bfb7f1
