@@ -226,12 +226,13 @@ def gate(
         BinanceClient(settings.exchange_url),
     )
     try:
-        if version or store.champion(pair, interval):  # without a model there is nothing to fetch candles for
-            candles.update(client, Series.parse(pair, interval))
+        series = Series.parse(pair, interval)
+        if version or store.champion(series):  # without a model there is nothing to fetch candles for
+            candles.update(client, series)
             now = client.now()
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")
-    judged = regate(store, candles, pair, interval, version, now)
+    judged = regate(store, candles, Series.parse(pair, interval), version, now)
     new_console().print(
         _verdict_table(judged.verdict),
         "",

@@ -265,9 +265,9 @@ def _with_model(settings: Settings) -> list[str]:
     from make_us_rich.market.series import POOLED
 
     return [
-        str(pair)
-        for pair, interval in ModelStore(settings.store_url).pairs()
-        if str(interval) == "1h" and pair != POOLED
+        str(series.pair)
+        for series in ModelStore(settings.store_url).series()
+        if str(series.interval) == "1h" and series.pair != POOLED
     ]
 
 

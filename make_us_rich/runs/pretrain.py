@@ -49,6 +49,7 @@ from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict
 from ..registry.manifest import DataSpan, Golden, Manifest
 from ..registry.versions import Bundle
+from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
 from ..registry.served_model import open_session
 from .report import SAMPLE_URL, Markdown, Run, open_market, run_settings
@@ -322,10 +323,10 @@ def publish_pool(
     else:
         version = run.models.publish(_manifest(run, result, model, scores, verdict), model)
         try:
-            run.models.promote(POOLED, run.interval, version, "passed the gate")
+            run.models.promote(Series(POOLED, run.interval), version, "passed the gate")
             publication = Publication("published", [], version, True)
         except StoreError as error:
-            if error.reason != "older_cutoff":
+            if error.reason not in POINTER_STAYS:
                 raise
             publication = Publication("published", [str(error)], version)
     facts = {
@@ -410,7 +411,8 @@ def load_pooled(
     store: ModelStore, interval: str | Interval = "1h", before: pd.Timestamp | None = None
 ) -> Pooled | None:
     "The newest published pooled network that learned from no candle after `before`; None if there is none."
-    for info in store.versions(POOLED, interval):
+    series = Series.parse(POOLED, interval)
+    for info in store.versions(series):
         manifest = info.manifest
         if (
             manifest is not None
@@ -418,7 +420,7 @@ def load_pooled(
             and manifest.passed
             and (before is None or pd.Timestamp(manifest.cutoff) <= before)
         ):
-            return open_pooled(store.load(POOLED, interval, info.version))
+            return open_pooled(store.load(series, info.version))
     return None
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #e6e6d1f4

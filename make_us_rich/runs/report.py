@@ -271,7 +271,7 @@ def window_of_result(result: TrainResult) -> int:
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
     "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
-    champion = champion_returns(run.models, run.frame, span.rows, run.pair, run.interval)
+    champion = champion_returns(run.models, run.frame, span.rows, Series.parse(run.pair, run.interval))
     return gate(
         run.frame,
         span.rows,

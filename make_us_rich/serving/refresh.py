@@ -246,7 +246,7 @@ def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Ti
 def pooled_versions(parts: Parts, state: PairState) -> set[str]:
     "Versions of the pooled model: what it said about this hour before the pair got a model of its own stays."
     try:
-        pointer = parts.store.champion(POOLED, state.interval)
+        pointer = parts.store.champion(Series(POOLED, state.interval))
     except StoreError:
         return set()
     return {step.version for step in pointer.steps} if pointer else set()
@@ -256,7 +256,7 @@ def reliability_of(state: PairState) -> str:
     "What the tests said about the model, and what the live record says about the pair."
     if state.model is None:
         return ""
-    tested = reliability_text(state.pair, state.model.manifest)
+    tested = reliability_text(str(state.pair), state.model.manifest)
     return tested if state.record is None else tested.replace("live record: none yet", record_sentence(state.record))
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #6f27a841
@@ -322,12 +322,12 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     "Follow the pointer: swap to another version if there is a usable one; trouble is remembered, and the serving version stays."
     store: ModelStore | None = parts.store
     try:
-        found = serving_champion(parts.store, *state.name)
+        found = serving_champion(parts.store, Series(state.pair, state.interval))
         state.problems.pop("store", None)
     except StoreError as e:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
-        found = serving_champion(store, *state.name) if store else None
+        found = serving_champion(store, Series(state.pair, state.interval)) if store else None
         found = (
             (found[0], found[1].model_copy(update={"seq": 1})) if found else None
         )  # the copy counts for itself; any pointer of the store is newer
@@ -384,7 +384,7 @@ def keep_last_good(parts: Parts, store: ModelStore, bundle: Bundle | None) -> No
         return
     try:
         parts.last_good.publish(bundle.manifest, bundle.model)
-        parts.last_good.rollback(bundle.manifest.pair, bundle.manifest.interval, to=bundle.version, reason="last good")
+        parts.last_good.rollback(bundle.manifest.series, to=bundle.version, reason="last good")
         parts.last_good.clean(keep=3)
     except MakeUsRichError as e:
         log.warning("the local copy of %s could not be kept: %s", bundle.version, e)

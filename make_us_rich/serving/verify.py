@@ -131,7 +131,7 @@ def _stored(store: ModelStore, pair: str, interval: str, version: str) -> OnnxMo
     "The model of a version, the pair's own or the pooled one; None if it is no longer stored."
     for owner in (pair, POOLED):
         try:
-            return RememberedModel(OnnxModel(store.load(owner, interval, version)))
+            return RememberedModel(OnnxModel(store.load(Series.parse(owner, interval), version)))
         except StoreError as e:
             if e.reason not in UNUSABLE:
                 raise
