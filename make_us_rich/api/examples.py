@@ -99,9 +99,9 @@ def example_service(
     known = [Series.parse(each) for each in series]
     service.states = {(str(each.pair), str(each.interval)): _state(service, each) for each in known}
     if candles:
-        pair, interval = str(known[0].pair), str(known[0].interval)
+        pair = str(known[0].pair)
         with ReplayServer({pair: load_sample(pair)}, now=NOW, label=SAMPLE_LABEL) as exchange:
-            service.parts.candles.update(BinanceClient(exchange.url), pair, interval, rows=candles)
+            service.parts.candles.update(BinanceClient(exchange.url), known[0], rows=candles)
     return service
 
 

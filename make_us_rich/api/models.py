@@ -87,7 +87,7 @@ def _models_of(request: Request, pair: PairText, interval: IntervalText = None) 
 
 def _published(api: Api, state: PairState) -> list[VersionInfo]:
     "All versions of a series, as the store lists them."
-    return api.service.parts.store.versions(str(state.pair), str(state.interval))
+    return api.service.parts.store.versions(Series(state.pair, state.interval))
 
 
 def _version(info: VersionInfo) -> Version:
@@ -133,7 +133,7 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: In
         text = f"{series.name} has no such usable version; GET /v1/models/{pair} lists those there are"
         raise Refusal(404, "unknown_version", text)
     reason = f"{caller.name}: {body.reason}"
-    version = api.service.parts.store.rollback(str(state.pair), str(state.interval), body.version, reason)
+    version = api.service.parts.store.rollback(series, body.version, reason)
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", series.name, f"{version} {body.reason}")
     api.service.update_models()

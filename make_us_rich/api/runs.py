@@ -19,6 +19,7 @@ from ..core.secrets import scrub
 from ..core.settings import utc_iso
 from ..core.tables import RunRow
 from ..core.database import session
+from ..market.series import Series
 from .refusals import Refusal
 from .routing import Api, api_of, guard, json_answer, router
 
@@ -105,7 +106,7 @@ def _row_of(api: Api, run_id: str) -> RunRow:
 
 def _page_of(api: Api, row: RunRow) -> bytes | None:
     "The page of a run: from the model store, else from beside its notebook on this machine."
-    page = api.service.parts.store.page(row.pair, row.interval, row.version) if row.version else None
+    page = api.service.parts.store.page(Series.parse(row.pair, row.interval), row.version) if row.version else None
     if page is None and row.notebook:
         beside = FilePath(row.notebook).with_suffix(".html")
         page = beside.read_bytes() if beside.is_file() else None
