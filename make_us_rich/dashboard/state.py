@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..api.client import Plain, PlainClient, Trouble
+from ..api.client import Plain, PlainClient, ApiError
 from .figures import age, base_quote, esc, minutes_between
 
 # %% ../../nbs/10_dashboard/02_state.ipynb #8226e43d
@@ -27,7 +27,7 @@ class Feed:
     def __init__(self, api: PlainClient, pair: str = "") -> None:
         self.api, self.pair, self.listeners = api, pair, list[Callable[[], None]]()
         self.now, self.pairs, self.candles, self.history = "", list[Plain](), Plain(), Plain(rows=[])
-        self.trouble: Trouble | None = None
+        self.trouble: ApiError | None = None
         self.slow = self.connected = self.behind = False
         self.shown, self.at = True, 0.0  # a page that nobody looks at asks nothing
         self.asked, self.tried = 0, 0.0
@@ -56,7 +56,7 @@ class Feed:
         try:
             await work
             self.trouble, self.at, self.behind = None, time.monotonic(), False
-        except Trouble as trouble:
+        except ApiError as trouble:
             self.trouble = trouble
         self.slow = False
         self.changed()
@@ -88,7 +88,7 @@ class Feed:
                     self.connected, pause = True, 5.0
                     if new or again or (news and news.kind in NEWS):
                         await self.load()
-            except Trouble:
+            except ApiError:
                 pass
             self.connected = False
             await self.load()

@@ -14,7 +14,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from ..api.client import Plain, PlainClient, Trouble
+from ..api.client import Plain, PlainClient, ApiError
 from .figures import base_quote, esc, forecast_figure, promise_figure, skill_figure, when
 from .state import Feed, banner, spawn
 from make_us_rich.dashboard.cards import (
@@ -190,7 +190,7 @@ class LoginView(W.VBox):
         before, self.api.token = self.api.token, raw if raw.isascii() else ""
         try:
             await self.api.ask("GET", "/v1/me")
-        except Trouble:
+        except ApiError:
             self.api.token = before
             raise
         self._say("")
@@ -362,7 +362,7 @@ class AdminView(W.VBox):
     async def _or_none(self, path: str) -> Plain | None:
         try:
             return dict(await self.api.ask("GET", path))
-        except Trouble:
+        except ApiError:
             return None
 
     def _user(self, user: Plain) -> W.Box:

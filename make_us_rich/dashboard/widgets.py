@@ -21,7 +21,7 @@ from importlib.resources import files
 import ipywidgets as W
 import traitlets as T
 
-from ..api.client import Plain, Trouble
+from ..api.client import Plain, ApiError
 from .figures import COLOURS, esc
 from .state import Feed, spawn
 from .cards import LOG, pair_card
@@ -64,7 +64,7 @@ class Live(anywidget.AnyWidget):
             if what == "log":
                 page = f"<!doctype html><meta charset=utf-8><pre>{esc(page.decode(errors='replace'))}</pre>".encode()
             self.send({"type": "report", "title": title, "problem": ""}, [page])
-        except Trouble as trouble:
+        except ApiError as trouble:
             kept = f"The {'log' if what == 'log' else 'report'} of this run is not kept here (any more)."
             why = kept if trouble.status == 404 else f"{trouble}."
             self.send({"type": "report", "title": title, "problem": why}, [])
@@ -163,7 +163,7 @@ async def attempt(say: Callable[[str], None], work: Coroutine[Any, Any, None]) -
     "Do something that may be refused; what is said is a sentence, never a traceback."
     try:
         await work
-    except Trouble as trouble:
+    except ApiError as trouble:
         say(f'<p class="mur-down" role="alert">{esc(str(trouble))}</p>')
     except Exception:
         say(
