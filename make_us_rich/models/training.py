@@ -39,6 +39,7 @@ from .tracking import close_loggers, make_loggers
 
 # %% ../../nbs/03_models/08_training.ipynb #410b8b3c
 #| export
+#| export
 
 
 # %% ../../nbs/03_models/08_training.ipynb #30e29913
