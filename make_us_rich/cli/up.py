@@ -99,9 +99,7 @@ def demo_start(settings: Settings) -> pd.Timestamp:
     store, starts = CandleStore(settings.candles_dir), [DEMO_START]
     for pair in DEMO_PAIRS:
         try:
-            starts.append(
-                store.read(pair, "1h", rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s")
-            )
+            starts.append(store.read(pair, rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s"))
         except MakeUsRichError:
             continue  # nothing fetched yet
     return max(starts)
@@ -278,9 +276,9 @@ def _with_model(settings: Settings) -> list[str]:
     from make_us_rich.market.series import POOLED
 
     return [
-        str(pair)
-        for pair, interval in ModelStore(settings.store_url).pairs()
-        if str(interval) == "1h" and pair != POOLED
+        str(series.pair)
+        for series in ModelStore(settings.store_url).series()
+        if str(series.interval) == "1h" and series.pair != POOLED
     ]
 
 

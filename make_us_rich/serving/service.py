@@ -33,7 +33,7 @@ from ..market.series import Interval, Pair
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
 from ..market.clock import Breaker, Market, running_clock
-from ..registry.store import ModelStore, served_pairs
+from ..registry.store import ModelStore, served_series
 from .verify import Ledger
 from .events import Subscription
 from .refresh import LONG_AGO, Answer, PairState, Parts, look_for_model, refresh
@@ -70,10 +70,10 @@ def make_parts(
 def find_pairs(parts: Parts) -> tuple[set[tuple[str, str]], str]:
     "Pairs and intervals to serve, and what is wrong with the store: those with a model, and with a pooled model all whose candles are stored."
     try:
-        found, problem = parts.store.pairs(), ""
+        found, problem = parts.store.series(), ""
     except StoreError as e:
-        found, problem = parts.last_good.pairs() if parts.last_good else [], str(e)
-    return set(served_pairs(found, parts.candles.root)), problem
+        found, problem = parts.last_good.series() if parts.last_good else [], str(e)
+    return {(str(s.pair), str(s.interval)) for s in served_series(found, parts.candles.root)}, problem
 
 # %% ../../nbs/06_serving/10_service.ipynb #4adc677d
 def pair_status(parts: Parts, state: PairState) -> dict[str, Any]:
