@@ -285,6 +285,7 @@ def _line(api: Api, pair: str, state: PairState) -> dict[str, Any]:
     badge = state.record.badge.colour if state.record else "grey"
     return {
         "pair": pair,
+        "interval": INTERVAL,
         "forecast": forecast,
         "closes": closes,
         "badge": badge,

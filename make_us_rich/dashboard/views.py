@@ -42,10 +42,10 @@ class ForecastView(W.Box):
         "Draw what the page knows."
         state, forecast = self.state, self.state.forecast
         candles = state.candles
-        waiting, nothing = "Waiting for the first answer.", "No pair is served yet: train and publish one."
-        self.card.value = (
-            forecast_card(forecast, state.now) if forecast else f"<p>{nothing if state.loaded_at else waiting}</p>"
+        nothing = (
+            "No pair is served yet: train and publish one." if state.loaded_at else "Waiting for the first answer."
         )
+        self.card.value = forecast_card(forecast, state.now) if forecast else f"<p>{nothing}</p>"
         self.legend.value = legend_html(state.interval)
         if candles and series_of(candles) == state.series and candles["rows"]:
             what = f"with past ranges and the ranges of the next {noun(state.interval)}"
