@@ -288,11 +288,12 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[ManagedPro
     secret, address = secrets.token_urlsafe(24), [f"http://127.0.0.1:{port}/"]
 
     def begin(part: ManagedProcess) -> subprocess.Popen[bytes]:
-        from make_us_rich.dashboard.server import start_dashboard
+        from make_us_rich.dashboard.server import PageOptions, start_dashboard
 
         own = (settings.home / "local-token").is_file()
         with part.log.open("wb") as errors:
-            running: Running = start_dashboard(settings, port=port, token=secret if own else None, errors=errors)
+            options = PageOptions(port=port, token=secret if own else None)
+            running: Running = start_dashboard(settings, options, errors)
         part.finish, address[0] = running.stop, running.address
         return running.process
 
