@@ -31,7 +31,7 @@ from make_us_rich.market.candles import (
 )
 from ..market.candle_store import CandleStore
 from ..models.baselines import LEVELS, Base
-from ..models.recipe import Recipe, load_recipe
+from ..models.recipe import Recipe
 from ..models.features import CandleFeatures
 from ..models.network import forecast_returns
 from ..models.training import TrainResult, training_loop
@@ -52,7 +52,7 @@ from ..registry.versions import Bundle
 from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
 from ..registry.served_model import open_session
-from .report import SAMPLE_URL, Markdown, Run, open_market, run_settings
+from .report import SAMPLE_URL, Markdown, Run, open_market, read_recipe, run_settings
 from .publish import Publication, git_revision, library_versions, plain_value, track_publication
 
 if TYPE_CHECKING:
@@ -105,11 +105,7 @@ def open_pool(
     result_path: str = "",
 ) -> PoolRun:
     "Put a pooled run together from plain values; `history_days` 0 takes all stored candles."
-    step, loaded, settings = (
-        Interval.parse(interval),
-        load_recipe(recipe, **(overrides or {})),
-        run_settings(home, models_url),
-    )
+    step, loaded, settings = (Interval.parse(interval), read_recipe(recipe, overrides), run_settings(home, models_url))
     store, left_out = CandleStore(settings.candles_dir), dict[str, str]()
     stored = sorted(path.parent.name for path in settings.candles_dir.glob(f"*/{step}.parquet"))
     names = stored or (list(SAMPLE_PAIRS) if exchange_url == SAMPLE_URL else [])
