@@ -32,7 +32,7 @@ from make_us_rich.market.candles import (
     scorable_rows,
 )
 from ..market.exchange import BinanceClient
-from ..market.candle_store import CandleStore
+from ..market.candle_store import CandleStore, Provenance
 from ..market.replay import ReplayServer
 from ..models.har import HarT
 from ..models.recipe import Recipe, load_recipe
@@ -45,6 +45,7 @@ from ..evaluation.checks import Verdict
 from ..evaluation.gate import gate
 from ..registry.store import ModelStore
 from ..registry.rejudge import champion_returns
+from .run import identify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ atexit.register(_open.close)
 
 
 def open_market(exchange_url: str = "", pair: str | Pair = "BTC_USDT") -> BinanceClient:
-    "A client of the exchange at `exchange_url` (empty: the one of the settings), or of a replay of the embedded sample: `replay://sample`."
+    "A client of the exchange at `exchange_url` (empty: that of the settings); `replay://sample` replays the sample."
     if exchange_url != SAMPLE_URL:
         return BinanceClient(exchange_url or None)
     name = str(Pair.parse(pair)) if str(Pair.parse(pair)) in SAMPLE_PAIRS else SAMPLE_PAIRS[0]
@@ -89,8 +90,7 @@ def since_long_hole(frame: pd.DataFrame, interval: Interval) -> tuple[pd.DataFra
 class Run:
     "All that one run works with; `frame` holds the closed candles up to the cut-off."
 
-    pair: Pair
-    interval: Interval
+    series: Series
     recipe: Recipe
     cutoff: pd.Timestamp
     frame: pd.DataFrame
@@ -104,6 +104,16 @@ class Run:
     note: str = ""
 
     @property
+    def pair(self) -> Pair:
+        "The pair of the series."
+        return self.series.pair
+
+    @property
+    def interval(self) -> Interval:
+        "The interval of the series."
+        return self.series.interval
+
+    @property
     def label(self) -> str:
         "What kind of candles these are if they are not live ones."
         return self.source if self.source.startswith((SAMPLE_LABEL, "synthetic")) else ""
@@ -114,20 +124,15 @@ class Run:
         return self.result_path.parent / "logs"
 
     def _repr_markdown_(self) -> str:
-        note = (
-            f"**{self.label}: these candles are real but old, nothing below is about today.**"
-            if self.label == SAMPLE_LABEL
-            else self.label
-        )
-        measured = (
-            f"*The design was measured on 1h candles only; with {self.interval} there is less experience.*"
-            if str(self.interval) != "1h"
-            else ""
-        )
+        "The head of the report: what is trained, on which candles, and what to keep in mind."
+        note, measured = self.label, ""
+        if self.label == SAMPLE_LABEL:
+            note = f"**{self.label}: these candles are real but old, nothing below is about today.**"
+        if str(self.interval) != "1h":
+            measured = f"*The design was measured on 1h candles only; with {self.interval} there is less experience.*"
         head = f"# {self.pair}, {self.interval}, cut-off {self.cutoff:%Y-%m-%d %H:%M} UTC"
-        facts = (
-            f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
-        )
+        recipe = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}`"
+        facts = f"{recipe} · candles from {self.source} · run `{self.run_id}`"
         return "\n\n".join(x for x in (head, facts, note, measured, self.note) if x)
 
 # %% ../../nbs/08_runs/05_report.ipynb #0a3afea5
@@ -145,40 +150,42 @@ def open_run(
     result_path: str = "",
 ) -> Run:
     "Put a run together from plain values; fetches candles only if no cut-off is given."
-    name, step, loaded = Pair.parse(pair), Interval.parse(interval), read_recipe(recipe, overrides)
-    settings = run_settings(home, models_url)
-    client, candles = open_market(exchange_url, name), CandleStore(settings.candles_dir)
-    rows = int(pd.Timedelta(days=history_days) / step.delta)
-    if not cutoff:
-        candles.update(client, Series(name, step), rows=rows)
-    frame, note = since_long_hole(
-        candles.read(Series(name, step), rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
+    series, loaded, settings = (
+        Series.parse(pair, interval),
+        read_recipe(recipe, overrides),
+        run_settings(home, models_url),
     )
-    book = candles.info(Series(name, step))
-    if book.report.bad_share > 0.001:
-        share = (
-            f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"
-        )
-        raise CandleError(f"{share}; see `mkrich candles {name}` and take another source", "bad_candles")
+    client, candles = open_market(exchange_url, series.pair), CandleStore(settings.candles_dir)
+    step, rows = series.interval, int(pd.Timedelta(days=history_days) / series.interval.delta)
+    if not cutoff:
+        candles.update(client, series, rows=rows)
+    stored = candles.read(series, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
+    frame, note = since_long_hole(stored, step)
+    book = candles.info(series)
+    _check_candles(series, book)
     end = frame["timestamp"].iloc[-1] + step.delta
-    identity = run_id or f"{name}-{step}-{end:%Y%m%dT%H%M%SZ}-{loaded.hash}"
-    path = Path(result_path) if result_path else settings.home / "result.json"
-    report = clean_candles(frame, step)[1]
     return Run(
-        name,
-        step,
+        series,
         loaded,
         end,
         frame,
-        report,
+        clean_candles(frame, step)[1],
         book.source,
         client,
         candles,
         ModelStore(settings.store_url),
-        identity,
-        path,
+        run_id or str(identify(series, end, loaded)),
+        Path(result_path) if result_path else settings.home / "result.json",
         note,
     )
+
+
+def _check_candles(series: Series, book: Provenance) -> None:
+    "Refuse candles of which too many break a rule."
+    if book.report.bad_share > 0.001:
+        share = f"{book.report.bad_share:.2%} of the candles of {series.name} from {book.source} break a rule"
+        remedy = f"see `mkrich candles {series.pair}` and take another source"
+        raise CandleError(f"{share}, 0.10% is allowed; {remedy}", "bad_candles")
 
 
 def read_recipe(text: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -189,6 +196,7 @@ def read_recipe(text: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def run_settings(home: str, models_url: str) -> Settings:
+    "The settings of a run; without a home, one that goes when the kernel ends."
     if not home:
         home = tempfile.mkdtemp(prefix="mkrich-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -279,7 +287,7 @@ def window_of_result(result: TrainResult) -> int:
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
     "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
-    champion = champion_returns(run.models, run.frame, span.rows, Series.parse(run.pair, run.interval))
+    champion = champion_returns(run.models, run.frame, span.rows, run.series)
     return gate(
         run.frame,
         span.rows,

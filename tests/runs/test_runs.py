@@ -13,13 +13,13 @@ import psutil
 import pytest
 from waiting import LONG, gone, wait_for
 
+from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.registry.store import ModelStore
-from make_us_rich.core.database import connect, migrate
 from make_us_rich.market.series import Series
 from make_us_rich.models.recipe import load_recipe
+from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs import runner as runs
 from make_us_rich.runs.execution import TrainOptions
 from make_us_rich.runs.ledger import RunLedger

@@ -169,8 +169,8 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
     fallback = publish_fallback(run)
     assert fallback.version == "" and fallback.waiting and "serves this pair better" in fallback.sentence
     assert run.models.champion("BTC_USDT") is None and run.models.versions("BTC_USDT") == []
-    check = next(c for c in fallback.waiting[0].verdict["checks"] if c["name"] == "not_worse")
-    assert (check["passed"], fallback.waiting[0].passed) == (False, True)  # told, but no reason to refuse
+    check = next(c for c in fallback.waiting.verdict.checks if c.name == "not_worse")
+    assert (check.passed, fallback.waiting.verdict.passed) == (False, True)  # told, but no reason to refuse
 
     network = fallback_graph(fit_fallback(run.frame, part.start - 500), run.frame)  # plays the network
     result = SimpleNamespace(
