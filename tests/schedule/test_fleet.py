@@ -22,13 +22,13 @@ from make_us_rich.core.locks import Locks, series_lock
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import fake_candles
-from make_us_rich.market.series import Series
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.runs.lost import close_lost
+from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
 
@@ -275,9 +275,11 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     settings = get_settings(database_url=fleet.environment["MUR_DATABASE_URL"])
     ledger = RunLedger(connect(settings.db_url))
     try:
-        running = lambda: [
-            r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()
-        ]
+
+        def running():
+            "The rows whose notebook has begun."
+            return [r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()]
+
         victim = fleet.wait_for(running, "a run in its notebook")[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
