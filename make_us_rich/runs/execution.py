@@ -83,7 +83,7 @@ def run_parameters(training: Training, run: RunId) -> dict[str, Any]:
         what |= {"history_days": training.history_days}
     where = {"home": str(settings.home.absolute()), "models_url": settings.store_url}
     where |= {"exchange_url": settings.exchange_url, "result_path": str(result_path(settings, run))}
-    recipe = {"recipe": training.recipe.model_dump_json()}
+    recipe = {"recipe": training.recipe.to_json()}
     return check_parameters(training.notebook, what | where | recipe | options.parameters)
 
 

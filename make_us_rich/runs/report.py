@@ -211,7 +211,7 @@ def check_candles(series: Series, book: Provenance) -> None:
 def read_recipe(text: str, overrides: dict[str, Any] | None = None) -> Recipe:
     "A recipe by its name or file, with single numbers changed, or as the JSON that a runner hands on."
     if text.lstrip().startswith("{"):
-        return Recipe.model_validate_json(text)
+        return Recipe.from_json(text)
     return load_recipe(text, **(overrides or {}))
 
 # %% ../../nbs/08_runs/05_report.ipynb #dab56a63
