@@ -45,11 +45,7 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader,
-    frame: pd.DataFrame,
-    rows: np.ndarray,
-    series: str | Series,
-    hours: int = 720,
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = 720
 ) -> np.ndarray | None:
     "Q [n, 21] of the serving champion at `rows`; None without a sound one that is new to the last `hours` of them."
     try:

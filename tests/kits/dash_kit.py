@@ -23,7 +23,7 @@ from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import Settings, get_settings, utc_iso
 from make_us_rich.core.storage import write_atomic
 from make_us_rich.core.tables import ForecastRow, RunRow
-from make_us_rich.dashboard.server import Running, start_dashboard
+from make_us_rich.dashboard.server import PageOptions, Running, start_dashboard
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import ReplayServer
@@ -235,7 +235,7 @@ def page_server(stage: Stage, token: str | None = None, local: bool = False, **o
     )
     if local:
         write_atomic(settings.home / "local-token", stage.tokens["admin"].encode(), mode=0o600)
-    running = start_dashboard(settings, port=free_port(), token=token, **options)
+    running = start_dashboard(settings, PageOptions(port=free_port(), token=token, **options))
     try:
         yield running
     finally:
