@@ -116,12 +116,12 @@ def main():
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    from make_us_rich.core.database import connect, migrate
     from make_us_rich.core.settings import get_settings
     from make_us_rich.market.replay import ReplayServer
-    from make_us_rich.registry.store import ModelStore
-    from make_us_rich.core.database import connect, migrate
     from make_us_rich.market.series import POOLED, Series
     from make_us_rich.models.recipe import load_recipe
+    from make_us_rich.registry.store import ModelStore
     from make_us_rich.runs.execution import TrainOptions
     from make_us_rich.runs.ledger import RunLedger
     from make_us_rich.runs.train import train

@@ -22,13 +22,13 @@ from make_us_rich.core.locks import Locks, series_lock
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import fake_candles
-from make_us_rich.market.series import Series
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.runs.lost import close_lost
+from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
 

@@ -17,17 +17,17 @@ from make_us_rich.evaluation.scores import evaluate
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import SAMPLE_LABEL, load_sample, next_returns, scorable_rows
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.features import split
 from make_us_rich.models.har import HarT
 from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.served_model import graph_returns, open_session
 from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
 from make_us_rich.runs.report import open_run, rows_to_test
-from make_us_rich.market.series import Series
-from make_us_rich.models.recipe import load_recipe
-from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.train import train
 from make_us_rich.serving.forecasting import forecast_pair
 from make_us_rich.serving.service import Service
