@@ -109,7 +109,7 @@ def publish(parameters, promote):
     from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
     from make_us_rich.registry.store import ModelStore
 
-    frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], "1h", rows=24)
+    frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
     first, last = frame["timestamp"].iloc[[0, -1]]
     span = DataSpan(source="sim", label="synthetic", first=first, last=last, rows=24, gaps=0, content_hash="")

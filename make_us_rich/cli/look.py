@@ -208,7 +208,7 @@ def candles(
     import pandas as pd
 
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.series import Interval, Pair
+    from make_us_rich.market.series import Interval, Pair, Series
     from make_us_rich.market.exchange import BinanceClient
 
     settings, step = get_settings(history_days=history_days), Interval.parse(interval)
@@ -219,12 +219,11 @@ def candles(
             with show_progress(str(pair)) as show:
                 store.update(
                     client,
-                    pair,
-                    step,
+                    Series(pair, step),
                     rows=rows,
                     progress=lambda done, of, show=show: show(f"{done:,} of {of:,} candles"),  # type: ignore[misc]
                 )
-            new_console().print(store.info(pair, step), "")
+            new_console().print(store.info(Series(pair, step)), "")
             codes.append(0)
         except MakeUsRichError as e:
             say(f"mkrich: {e}")

@@ -226,8 +226,10 @@ def gate(
         BinanceClient(settings.exchange_url),
     )
     try:
-        if version or store.champion(Series.parse(pair, interval)):  # without a model there is nothing to fetch candles for
-            candles.update(client, pair, interval)
+        if version or store.champion(
+            Series.parse(pair, interval)
+        ):  # without a model there is nothing to fetch candles for
+            candles.update(client, Series.parse(pair, interval))
             now = client.now()
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")

@@ -99,9 +99,7 @@ def demo_start(settings: Settings) -> pd.Timestamp:
     store, starts = CandleStore(settings.candles_dir), [DEMO_START]
     for pair in DEMO_PAIRS:
         try:
-            starts.append(
-                store.read(pair, "1h", rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s")
-            )
+            starts.append(store.read(pair, rows=1)["timestamp"].iloc[-1] + pd.Timedelta("1h") + pd.Timedelta("30s"))
         except MakeUsRichError:
             continue  # nothing fetched yet
     return max(starts)

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..core.settings import CandleError, StoreError, log, utc_iso
 from ..core.storage import sync_folder, write_atomic
-from .series import Interval, Pair
+from .series import Interval, Series
 from .candles import COLUMNS, TIME, CandleReport, check_candles, content_hash, find_gaps
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #2c38d364
@@ -177,14 +177,15 @@ def _pack(frame: pd.DataFrame, book: Provenance) -> bytes:
     return _seal(buffer.getvalue())
 
 
-def open_candle_file(data: bytes, pair: Pair, interval: Interval) -> tuple[pd.DataFrame, Provenance]:
+def open_candle_file(data: bytes, series: Series) -> tuple[pd.DataFrame, Provenance]:
+    "The candles of a file and their provenance; `DamagedFile` if it is not whole, or not of this series."
     with pq.ParquetFile(pa.BufferReader(_unseal(data))) as file:
         try:
-            frame = check_candles(file.read().to_pandas(), interval)
+            frame = check_candles(file.read().to_pandas(), series.interval)
             book = _from_json(file.metadata.metadata[b"provenance"].decode(), frame)
         except (CandleError, KeyError, TypeError) as e:
             raise DamagedFile(f"this version cannot read it: {e}") from None
-    if (book.pair, book.interval) != (str(pair), str(interval)):
+    if (book.pair, book.interval) != (str(series.pair), str(series.interval)):
         raise DamagedFile(f"it holds {book.pair} {book.interval}")
     if content_hash(frame) != book.content_hash:
         raise DamagedFile("its candles are not those that its content hash names")
@@ -212,11 +213,13 @@ _Stored = tuple[pd.DataFrame, Provenance]
 _Span = tuple[pd.Timestamp, pd.Timestamp]  # the first open time, and the instant by which the last candle has closed
 
 
-def _nothing(pair: Pair, step: Interval, source: str, until: pd.Timestamp) -> _Stored:
+def _nothing(series: Series, source: str, until: pd.Timestamp) -> _Stored:
+    "An empty table, and the book of a store that has nothing yet."
     empty = pd.DataFrame(columns=COLUMNS, dtype="float64").astype(
         {"timestamp": TIME, "close_time": TIME, "trades": "int64"}
     )
-    return empty, Provenance(str(pair), str(step), source, [], 0, content_hash(empty), until, False, CandleReport())
+    names = str(series.pair), str(series.interval)
+    return empty, Provenance(*names, source, [], 0, content_hash(empty), until, False, CandleReport())
 
 # %% ../../nbs/02_market/04_candle_store.ipynb #21814af3
 def _dropped(book: Provenance, frame: pd.DataFrame, span: _Span, seen: CandleReport) -> dict[str, int]:
@@ -291,11 +294,11 @@ def one_writer(path: Path, wait: float) -> Iterator[None]:
 _PATIENCE = pd.Timedelta(seconds=5)
 
 
-def _trusted(path: Path, pair: Pair, step: Interval, now: pd.Timestamp | None = None) -> _Stored | None:
+def _trusted(path: Path, series: Series, now: pd.Timestamp | None = None) -> _Stored | None:
     "What the file holds, None if there is none or if it had to be put aside; call it as the one writer."
     try:
-        stored = open_candle_file(path.read_bytes(), pair, step)
-        newest = stored[0]["timestamp"].iloc[-1] + step.delta
+        stored = open_candle_file(path.read_bytes(), series)
+        newest = stored[0]["timestamp"].iloc[-1] + series.interval.delta
         if now is None or newest <= now + _PATIENCE:
             return stored
         problem = f"its newest candle ends at {utc_iso(newest)}, but the exchange says it is {utc_iso(now)}"
@@ -345,26 +348,26 @@ class CandleStore:
     def __init__(self, root: str | Path, wait: float = 60) -> None:
         self.root, self.wait = Path(root), wait
 
-    def path(self, pair: str | Pair, interval: str | Interval = "1h") -> Path:
-        "Where the candles of a pair are, or would be."
-        return self.root / str(Pair.parse(pair)) / f"{Interval.parse(interval)}.parquet"
+    def path(self, series: Series | str) -> Path:
+        "Where the candles of a series are, or would be."
+        return self.root / f"{Series.parse(series)}.parquet"
 
     def update(
         self,
         client: CandleSource,
-        pair: str | Pair,
-        interval: str | Interval = "1h",
+        series: Series | str,
         rows: int | None = None,
         start: Time | None = None,
         progress: Progress | None = None,
     ) -> CandleReport:
         "Fetch what is missing of the newest `rows` candles or of all since `start` (default: a year, then what is new); report on the file."
-        path, pair, step = self.path(pair, interval), Pair.parse(pair), Interval.parse(interval)
+        series, path = Series.parse(series), self.path(series)
+        step = series.interval
         since = None if start is None else _as_utc(start).ceil(step.delta)
         with one_writer(path, self.wait):
             now = client.now()
             until = step.floor(now)
-            before = _trusted(path, pair, step, now) or _nothing(pair, step, client.source, until)
+            before = _trusted(path, series, now) or _nothing(series, client.source, until)
             _refuse_mixture(before[1], client.source, path)
             stored = before
             for span in _present(stored, until):
@@ -373,44 +376,38 @@ class CandleStore:
             while spans := _past(stored, wanted, since):
                 stored = _fetch(client, stored, spans[0], now, progress)
             if stored[0].empty:
-                raise CandleError(
-                    f"{client.source} has no closed {step} candles of {pair} in the span asked for; ask for another start",
-                    "no_candles",
-                )
+                rule = f"{client.source} has no closed {step} candles of {series.pair} in the span asked for"
+                raise CandleError(f"{rule}; ask for another start", "no_candles")
             if stored[1] != before[1]:
                 _save(path, stored)
         return stored[1].report
 
     def read(
-        self,
-        pair: str | Pair,
-        interval: str | Interval = "1h",
-        rows: int | None = None,
-        start: Time | None = None,
-        end: Time | None = None,
+        self, series: Series | str, rows: int | None = None, start: Time | None = None, end: Time | None = None
     ) -> pd.DataFrame:
         "Stored candles that open from `start` to `end`, both included; of these the newest `rows`, fewer if there are fewer."
-        frame, _ = self._open(pair, interval)
+        frame, _ = self._open(series)
         opens = frame["timestamp"]
         keep = (opens >= _as_utc(start or opens.iloc[0])) & (opens <= _as_utc(end or opens.iloc[-1]))
         return frame[keep].tail(len(frame) if rows is None else rows).reset_index(drop=True)
 
-    def info(self, pair: str | Pair, interval: str | Interval = "1h") -> Provenance:
+    def info(self, series: Series | str) -> Provenance:
         "Where the stored candles come from, and what they are."
-        return self._open(pair, interval)[1]
+        return self._open(series)[1]
 
-    def _open(self, pair: str | Pair, interval: str | Interval) -> _Stored:
-        path, pair, step = self.path(pair, interval), Pair.parse(pair), Interval.parse(interval)
-        again = f"fetch them with: mkrich candles {pair}"
+    def _open(self, series: Series | str) -> _Stored:
+        "The table and its provenance; `CandleError` says how to get them where there are none."
+        series, path = Series.parse(series), self.path(series)
+        what = f"{series.interval} candles of {series.pair}"
+        option = "" if str(series.interval) == "1h" else f" --interval {series.interval}"
+        again = f"fetch them with: mkrich candles {series.pair}{option}"
         try:
-            return open_candle_file(path.read_bytes(), pair, step)
+            return open_candle_file(path.read_bytes(), series)
         except FileNotFoundError:
-            raise CandleError(f"no {step} candles of {pair} are stored in {self.root}; {again}", "no_candles") from None
+            raise CandleError(f"no {what} are stored in {self.root}; {again}", "no_candles") from None
         except DamagedFile:
             with one_writer(path, self.wait):
-                stored = _trusted(path, pair, step)
+                stored = _trusted(path, series)
         if stored is None:
-            raise CandleError(
-                f"the stored {step} candles of {pair} were damaged and are now in {path}.bad; {again}", "damaged"
-            )
+            raise CandleError(f"the stored {what} were damaged and are now in {path}.bad; {again}", "damaged")
         return stored

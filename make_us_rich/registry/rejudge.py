@@ -45,11 +45,7 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader,
-    frame: pd.DataFrame,
-    rows: np.ndarray,
-    series: str | Series,
-    hours: int = 720,
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = 720
 ) -> np.ndarray | None:
     "Q [n, 21] of the serving champion at `rows`; None without a sound one that is new to the last `hours` of them."
     try:
@@ -112,7 +108,7 @@ def regate(
         raise ForecastUnavailable(f"{rule}; train one with `mkrich train {as_arguments(series)}`", "no_model")
     model = OnnxModel(store.load(series, version))
     other = OnnxModel(store.load(series)) if pointer and pointer.version != model.manifest.version else None
-    frame = candles.read(name, step)
+    frame = candles.read(series)
     start = max(unseen_from(m.manifest, frame) for m in (model, other) if m)
     window = max(m.window for m in (model, other) if m)
     rows = scorable_rows(frame, np.flatnonzero(frame["timestamp"] >= start), step, window=window)[-(hours + WARM_UP) :]

@@ -136,7 +136,9 @@ def keep_page(outcome: "Outcome", settings: Settings) -> "Outcome":
         told = outcome.model_copy(update={"page": str(page)})
         write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
         for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
-            ModelStore(settings.store_url).put_page(Series.parse(outcome.pair, outcome.interval), version, page.read_bytes())
+            ModelStore(settings.store_url).put_page(
+                Series.parse(outcome.pair, outcome.interval), version, page.read_bytes()
+            )
     except ModuleNotFoundError as e:
         log.warning(
             "the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'",
@@ -176,9 +178,7 @@ def clean_runs(
     from make_us_rich.runs.run import Outcome
 
     now = now if now is not None else system_clock()
-    champions = {
-        pointer.version for series in models.series() if (pointer := models.champion(series)) is not None
-    }
+    champions = {pointer.version for series in models.series() if (pointer := models.champion(series)) is not None}
     gone = []
     for pair_folder in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
         outcomes: list[tuple[pd.Timestamp, Path, Outcome]] = []

@@ -124,12 +124,11 @@ def open_pool(
             if not cutoff and (exchange_url != SAMPLE_URL or not stored):
                 _update(store, name, step, exchange_url)
             frame = store.read(
-                name,
-                step,
+                Series.parse(name, step),
                 rows=history_days * 24 * 3_600_000 // step.ms or None,
                 end=pd.Timestamp(cutoff) - step.delta if cutoff else None,
             )
-            book = store.info(name, step)
+            book = store.info(Series.parse(name, step))
             if book.report.bad_share > 0.001:
                 raise CandleError(
                     f"{book.report.bad_share:.2%} of its candles break a rule, 0.10% is allowed", "bad_candles"
@@ -156,7 +155,7 @@ def open_pool(
 def _update(store: CandleStore, name: str, step: Interval, exchange_url: str) -> None:
     "Fetch what is new of a pair; one that is no longer traded keeps what it has."
     try:
-        store.update(open_market(exchange_url, name), name, step)
+        store.update(open_market(exchange_url, name), Series.parse(name, step))
     except CandleError as error:
         if error.reason != "inactive":
             raise

@@ -149,11 +149,11 @@ def open_run(
     client, candles = open_market(exchange_url, name), CandleStore(settings.candles_dir)
     rows = int(pd.Timedelta(days=history_days) / step.delta)
     if not cutoff:
-        candles.update(client, name, step, rows=rows)
+        candles.update(client, Series(name, step), rows=rows)
     frame, note = since_long_hole(
-        candles.read(name, step, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
+        candles.read(Series(name, step), rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
     )
-    book = candles.info(name, step)
+    book = candles.info(Series(name, step))
     if book.report.bad_share > 0.001:
         share = (
             f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"

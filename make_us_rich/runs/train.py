@@ -151,8 +151,8 @@ def run_training(
     loaded = load_recipe(recipe, **chosen["overrides"])
     client, candles = BinanceClient(settings.exchange_url), CandleStore(settings.candles_dir)
     with _only_run(settings.runs / str(pair), pair, settings.deadline, on_wait):
-        candles.update(client, pair, str(step), rows=int(pd.Timedelta(days=chosen["history_days"]) / step.delta))
-        cutoff = candles.read(pair, str(step), rows=1)["timestamp"].iloc[-1] + step.delta
+        candles.update(client, Series(pair, step), rows=int(pd.Timedelta(days=chosen["history_days"]) / step.delta))
+        cutoff = candles.read(Series(pair, step), rows=1)["timestamp"].iloc[-1] + step.delta
         return _at_cutoff(notebook, chosen, (pair, step, cutoff, loaded), recipe, settings, on_progress)
 
 # %% ../../nbs/08_runs/08_train.ipynb #e6af0e2f
@@ -253,7 +253,9 @@ def run_pretraining(
     with _only_run(settings.runs / str(POOLED), POOLED, 4 * settings.deadline, on_wait):
         for name in pairs or sorted(path.parent.name for path in settings.candles_dir.glob(f"*/{step}.parquet")):
             try:
-                candles.update(client, name, str(step), rows=int(pd.Timedelta(days=settings.history_days) / step.delta))
+                candles.update(
+                    client, Series.parse(name, step), rows=int(pd.Timedelta(days=settings.history_days) / step.delta)
+                )
             except CandleError as e:
                 on_wait(f"{name} is not up to date for the pooled run: {e}")
         cutoff = step.floor(client.now())
@@ -481,7 +483,8 @@ def _is_lost(row: RunRow, settings: Settings) -> bool:
     from make_us_rich.registry.store import ModelReader
 
     return (
-        row.state == "published" and ModelReader(settings.store_url).of_run(Series.parse(row.pair, row.interval), row.run_id) is None
+        row.state == "published"
+        and ModelReader(settings.store_url).of_run(Series.parse(row.pair, row.interval), row.run_id) is None
     )
 
 # %% ../../nbs/08_runs/08_train.ipynb #b5bfb7f1

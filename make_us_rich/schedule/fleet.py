@@ -24,7 +24,7 @@ from ..core.settings import ExchangeError, MakeUsRichError, Settings, SettingsEr
 from ..core.tables import RunRow
 from ..core.database import connect
 from ..core.locks import ledger_locks, pair_lock
-from ..market.series import POOLED, Interval
+from ..market.series import POOLED, Interval, Series
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
 from ..market.mirror import CandleMirror
@@ -57,13 +57,13 @@ def fleet_run(
         try:
             order["now"], mirror = client.now(), _mirror(settings)
             for pair in feed if mirror else []:
-                mirror.pull(pair, entry.interval, client.source)
+                mirror.pull(Series.parse(pair, entry.interval), client.source)
         except ExchangeError:
             order["now"], mirror = pd.Timestamp.now("UTC"), None
         outcome = ORDERS["train"](order, settings)["outcome"]
         for pair in feed if mirror else []:
-            if CandleStore(settings.candles_dir).path(pair, entry.interval).exists():
-                mirror.push(pair, entry.interval)
+            if CandleStore(settings.candles_dir).path(Series.parse(pair, entry.interval)).exists():
+                mirror.push(Series.parse(pair, entry.interval))
     return dict(outcome)
 
 

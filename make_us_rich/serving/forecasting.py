@@ -129,7 +129,7 @@ def forecast_pair(
     advice = ""
     if client is not None:
         try:
-            candles.update(client, pair, str(step), rows=model.window + WIDTH_ROWS)
+            candles.update(client, Series(pair, step), rows=model.window + WIDTH_ROWS)
             now = now or client.now()
         except ExchangeError as e:
             advice = f" ({e})"
@@ -137,7 +137,7 @@ def forecast_pair(
             return Forecast(**facts, status="abstain", reason=e.reason, sentence=str(e))
     now = now or system_clock()
     try:
-        frame, source = candles.read(pair, str(step)), candles.info(pair, str(step)).source
+        frame, source = candles.read(Series(pair, step)), candles.info(Series(pair, step)).source
     except CandleError as e:
         return Forecast(**facts, status="abstain", reason=e.reason, sentence=f"{e}{advice}")
     frame = (
@@ -225,8 +225,17 @@ class HeldCandles(CandleStore):
         "The table in hand."
         return self.frame
 
-    def info(self, pair: str | Pair, interval: str | Interval = "1h") -> Provenance:
+    def info(self, series: Series | str) -> Provenance:
         "Its source; the other facts are not known."
+        series = Series.parse(series)
         return Provenance(
-            str(pair), str(interval), self.held_source, [], 0, "", pd.Timestamp(0, tz="UTC"), False, CandleReport()
+            str(series.pair),
+            str(series.interval),
+            self.held_source,
+            [],
+            0,
+            "",
+            pd.Timestamp(0, tz="UTC"),
+            False,
+            CandleReport(),
         )

@@ -146,7 +146,7 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
         try:
             if now < market.rest_until:
                 raise ExchangeError(market.problem)
-            last = parts.candles.update(market, state.pair, state.interval, rows=state.rows).last
+            last = parts.candles.update(market, Series(state.pair, state.interval), rows=state.rows).last
             newest = None if last is None else last + state.interval.delta
             state.problems.pop("exchange", None)
             market.back = now if market.problem else market.back
@@ -166,8 +166,8 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
 def read_candles_of(parts: Parts, state: PairState) -> pd.DataFrame:
     "The stored candles that have closed; an empty table if there are none."
     try:
-        frame = parts.candles.read(state.pair, state.interval)
-        state.source = state.source or parts.candles.info(state.pair, state.interval).source
+        frame = parts.candles.read(Series(state.pair, state.interval))
+        state.source = state.source or parts.candles.info(Series(state.pair, state.interval)).source
     except MakeUsRichError as e:
         state.problems.setdefault("exchange", str(e))
         return pd.DataFrame({name: [] for name in COLUMNS}).astype({"timestamp": "datetime64[ms, UTC]"})

@@ -103,7 +103,7 @@ def verify_record(
     since: pd.Timestamp | None = None,
 ) -> Verification:
     "Recompute the forecasts on record; `StoreError` (reason `record_differs`) lists those that come out differently."
-    name, frame, step = str(Pair.parse(pair)), candles.read(pair, interval), Interval.parse(interval)
+    name, frame, step = str(Pair.parse(pair)), candles.read(Series.parse(pair, interval)), Interval.parse(interval)
     query = select(ForecastRow).where(
         ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok"
     )

@@ -157,7 +157,7 @@ def test_a_pair_without_history_is_served_at_once(frames, pooled):
     assert serving_champion(store, "NEW_USDT") is None
     version = publish(store, pooled, frames["AAA_USDT"])
     key, pointer = serving_champion(store, "NEW_USDT")
-    assert (key, pointer.version) == (POOLED, version)
+    assert (key, pointer.version) == (Series.parse(POOLED), version)
     model, new = OnnxModel(store.load(key)), fake_candles(840, seed=9, price=0.0001)
     quantiles, _ = model.predict(
         new[VALUE_COLUMNS].to_numpy(float)[None], new["timestamp"].astype("int64").to_numpy()[None]

@@ -301,11 +301,11 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
             infos = store.versions(pair)
             whole = [i.version for i in infos if i.manifest and i.manifest.run_id == row.run_id]
             assert not [i for i in infos if i.manifest and i.manifest.run_id != row.run_id]
-            assert (row.state, whole, store.champion(pair).version) == (
-                "published",
-                [row.version],
-                row.version,
-            ), (pair, row.state, row.reason)
+            assert (row.state, whole, store.champion(pair).version) == ("published", [row.version], row.version), (
+                pair,
+                row.state,
+                row.reason,
+            )
         fleet.wait_for(
             lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
             "the end of all runs in Prefect",
