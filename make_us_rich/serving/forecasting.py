@@ -62,8 +62,8 @@ class ModelLoader:
             try:
                 held = self._loaded[owner] = (pointer.version, OnnxModel(self.store.load(owner)))
             except StoreError as e:
-                if held is None or held[0] in pointer.withdrawn:
-                    raise
+                if held is None or held[0] not in [step.version for step in pointer.history]:
+                    raise  # nothing to fall back on, or what was loaded is withdrawn
                 log.warning("version %s of %s is broken, %s keeps serving: %s", pointer.version, series, held[0], e)
         return held[1]
 

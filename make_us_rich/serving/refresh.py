@@ -6,7 +6,7 @@
 __all__ = ['LONG_AGO', 'Answer', 'PairState', 'Parts', 'next_fetch', 'fetch_candles', 'read_candles_of', 'abstain_instead',
            'compute_forecast', 'answer_hour', 'pooled_versions', 'reliability_of', 'settle_and_judge', 'break_circuit',
            'update_record', 'publish_page', 'look_for_model', 'goes_back', 'swap', 'warm_up', 'keep_last_good',
-           'is_due', 'refresh', 'expire', 'turn']
+           'forget_last_good', 'is_due', 'refresh', 'expire', 'turn']
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #81a19c96
 import hashlib
@@ -342,6 +342,10 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     if problem and state.problems.get("model") != problem:
         log.warning("%s", problem)
     state.problems = {k: v for k, v in state.problems.items() if k != "model"} | ({"model": problem} if problem else {})
+    if model is None and state.model is not None:
+        log.warning("%s of %s was withdrawn and serves no longer", state.model.manifest.version, state.pair)
+        state.model, state.force = None, True
+        forget_last_good(parts, pointer.series)
     if model is not None and model is not state.model:
         warm_up(parts, state, model)
         swap(parts, state, model, pointer)
@@ -382,12 +386,23 @@ def keep_last_good(parts: Parts, store: ModelStore, bundle: Bundle | None) -> No
     "Copy a version that serves to this machine, if its store is elsewhere."
     if parts.last_good is None or bundle is None or store is parts.last_good:
         return
+    forget_last_good(parts, bundle.manifest.series)
     try:
         parts.last_good.publish(bundle.manifest, bundle.model)
         parts.last_good.rollback(bundle.manifest.series, to=bundle.version, reason="last good")
         parts.last_good.clean(keep=3)
     except MakeUsRichError as e:
         log.warning("the local copy of %s could not be kept: %s", bundle.version, e)
+
+
+def forget_last_good(parts: Parts, series: Series) -> None:
+    "Let nothing on this machine go on saying that a version of before serves."
+    if parts.last_good is None:
+        return
+    try:
+        parts.last_good.forget(series)
+    except MakeUsRichError as e:
+        log.warning("the local copy of %s could not be put away: %s", series, e)
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #09419edd
 def is_due(parts: Parts, state: PairState, now: pd.Timestamp) -> bool:

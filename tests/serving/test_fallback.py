@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 from tiny_model import publish
 
-from make_us_rich import report
-from make_us_rich import service as module
 from make_us_rich.core.settings import get_settings, utc_iso
 from make_us_rich.evaluation.checks import Check, Verdict
 from make_us_rich.evaluation.scores import evaluate
@@ -24,9 +22,11 @@ from make_us_rich.models.har import HarT
 from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
 from make_us_rich.registry.served_model import graph_returns, open_session
 from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs import report
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
 from make_us_rich.runs.report import open_run, rows_to_test
 from make_us_rich.runs.train import run_training
+from make_us_rich.serving import choice
 from make_us_rich.serving.forecasting import forecast_pair
 from make_us_rich.serving.service import Service
 
@@ -101,7 +101,7 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
 
 
 def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, monkeypatch):
-    monkeypatch.setattr(module, "try_model", lambda bundle: None)
+    monkeypatch.setattr(choice, "try_model", lambda bundle: None)
     store = ModelStore(settings.store_url)
     har = store.champion("BTC_USDT").version
     network = publish(store, "BTC_USDT", CLOSED)
@@ -187,6 +187,7 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
 def test_serving_it_needs_neither_torch_nor_scipy(first, settings):
     code = f"""
 import sys
+from make_us_rich.serving import choice
 from make_us_rich.serving.forecasting import ModelLoader
 from make_us_rich.registry.store import ModelStore
 ModelLoader(ModelStore({settings.store_url!r})).get("BTC_USDT")
