@@ -173,6 +173,6 @@ def dashboard(
     ] = 8,
 ) -> None:
     "Show the forecasts and their record in the browser, until Ctrl-C; needs `mkrich serve`."
-    from make_us_rich.dashboard.server import run_dashboard
+    from make_us_rich.dashboard.server import PageOptions, run_dashboard
 
-    run_dashboard(get_settings(), say=say, api_url=api, port=port, viewers=viewers)
+    run_dashboard(get_settings(), say, PageOptions(api_url=api, port=port, viewers=viewers))
