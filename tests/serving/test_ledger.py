@@ -146,10 +146,10 @@ class Shelf:
         self.pointer = Pointer(pair="BTC_USDT", interval="1h", seq=2, history=history, version=BAD, **step)
         self.lost = lost
 
-    def champion(self, pair, interval="1h"):
+    def champion(self, series):
         return self.pointer
 
-    def rollback(self, pair, interval, to, reason):
+    def rollback(self, series, to, reason):
         if to in self.lost:
             raise StoreError("it is damaged", UNUSABLE[0])
         self.pointer = self.pointer.model_copy(update={"version": to, "history": []})
