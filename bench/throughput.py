@@ -46,7 +46,7 @@ for pair in json.loads(sys.argv[2]):
     fallback = publish_fallback(run); mark("fallback")
     verdict = judge(run, result, span, parity.max_scaled); mark("judge")
     publish_or_refuse(run, result, model, span, verdict, fallback); mark("publish")
-    forecast_pair(pair, "1h", run.models, run.candles, run.client); mark("forecast")
+    forecast_pair(pair, run.models, run.candles, run.client); mark("forecast")
     steps.append({name: (round(b - a, 2), round(d - c, 2)) for (_, a, c), (name, b, d) in zip(marks, marks[1:])})
     assert result.recipe.name == "finetune", result.recipe.name
 print(json.dumps({"imports": imports, "steps": steps}))

@@ -51,12 +51,12 @@ def test_the_whole_road(interval, days, tmp_path):
         served = publication.version or fallback.version
         assert served, (verdict.reasons, fallback)
         assert f"mkrich forecast BTC_USDT --interval {interval}" in where_next(run, publication).text
-        forecast = forecast_pair("BTC_USDT", interval, run.models, run.candles, run.client)
+        forecast = forecast_pair(f"BTC_USDT/{interval}", run.models, run.candles, run.client)
     assert (forecast.status, forecast.model_version, forecast.interval) == ("ok", served, interval)
     assert pd.Timestamp(forecast.target_close) - pd.Timestamp(forecast.target_open) == Interval.parse(interval).delta
     assert ONLY_1H in forecast.reliability and f"test candles of {interval}" in forecast.reliability
     assert (np.diff(list(forecast.quantiles.values())) >= 0).all()
-    none = forecast_pair("ETH_USDT", interval, run.models, run.candles, None)
+    none = forecast_pair(f"ETH_USDT/{interval}", run.models, run.candles, None)
     assert (none.reason, none.sentence.endswith(f"`mkrich train ETH_USDT --interval {interval}`")) == ("no_model", True)
 
 
