@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from ..api.client import Plain, PlainClient, Trouble
+from ..api.client import Plain, PlainClient, ApiError
 from make_us_rich.dashboard.cards import (
     health_table,
     runs_table,
@@ -73,7 +73,7 @@ class LoginView(W.VBox):
         before, self.api.token = self.api.token, raw if raw.isascii() else ""
         try:
             await self.api.ask("GET", "/v1/me")
-        except Trouble:
+        except ApiError:
             self.api.token = before
             raise
         self._say("")
@@ -219,7 +219,7 @@ class AdminView(W.VBox):
         "An answer, or None where it is refused."
         try:
             return dict(await self.api.ask("GET", path))
-        except Trouble:
+        except ApiError:
             return None
 
     def _user(self, user: Plain) -> W.Box:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..api.client import Plain, PlainClient, Trouble
+from ..api.client import Plain, PlainClient, ApiError
 from .words import interval_minutes, minutes_between, render, series_name, series_of
 
 # %% ../../nbs/10_dashboard/04_state.ipynb #6a7faf0f
@@ -31,7 +31,7 @@ class PageState:
         self.lines: list[Plain] = []
         self.candles: Plain = {}
         self.history: Plain = {"rows": []}
-        self.trouble: Trouble | None = None
+        self.trouble: ApiError | None = None
         self.slow = self.connected = self.behind = False
         self.shown = True  # a page that nobody looks at asks nothing
         self.loaded_at = self.tried_at = 0.0
@@ -84,7 +84,7 @@ class PageState:
             await work
             self.trouble, self.behind = None, False
             self.loaded_at = time.monotonic()
-        except Trouble as trouble:
+        except ApiError as trouble:
             self.trouble = trouble
         self.slow = False
         self.changed()
@@ -120,7 +120,7 @@ class PageState:
                     self.connected, pause = True, 5.0
                     if is_first or retry or (news and news.kind in NEWS):
                         await self.load()
-            except Trouble:
+            except ApiError:
                 pass
             self.connected = False
             await self.load()

@@ -21,7 +21,7 @@ import anywidget
 import ipywidgets as W
 import traitlets as T
 
-from ..api.client import Plain, Trouble
+from ..api.client import Plain, ApiError
 from .cards import LOG, series_card
 from .figures import AHEAD, COLOURS
 from .state import PageState, spawn
@@ -65,7 +65,7 @@ class Live(anywidget.AnyWidget):
         answer = {"type": "report", "title": f"{title} {run}"}
         try:
             page = await self.state.api.fetch(f"/v1/runs/{quote(run, safe='')}/{'log' if is_log else 'page'}")
-        except Trouble as trouble:
+        except ApiError as trouble:
             is_gone = trouble.status == 404
             why = f"The {kept} of this run is not kept here (any more)." if is_gone else f"{trouble}."
             self.send(answer | {"problem": why}, [])
@@ -171,7 +171,7 @@ async def attempt(say: Callable[[str], None], work: Coroutine[Any, Any, Any]) ->
     "Do something that may be refused; what is said is a sentence, never a traceback."
     try:
         await work
-    except Trouble as trouble:
+    except ApiError as trouble:
         say(render("said", text=str(trouble)))
     except Exception:
         sorry = "Something went wrong here. Reload the page; if it stays, tell whoever runs this service."

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from api_kit import PASSWORD
 from dash_kit import HOUR, Stage, make_stage, page_server
 from waiting import LONG, wait_for
 
+from make_us_rich.api.examples import PASSWORD
 from make_us_rich.core.kernels import KERNEL_NAME
 from make_us_rich.core.settings import utc_iso
 from make_us_rich.dashboard.server import Running
