@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_PAIRS', 'DEMO_START', 'DEMO_SPEED', 'DEMO_PLAN', 'ROLES', 'begin_part', 'demo_start', 'demo_end', 'fast_clock',
-           'Wishes', 'settings_of', 'speed_of', 'plan_of', 'untrained', 'dashboard_part', 'make_parts', 'run_up', 'up']
+           'UpOptions', 'settings_of', 'speed_of', 'plan_of', 'untrained', 'dashboard_part', 'make_parts', 'run_up',
+           'up']
 
 # %% ../../nbs/11_cli/09_up.ipynb #6c4c7b77
 import json
@@ -44,10 +45,11 @@ from make_us_rich.core.supervisor import (
     parts_table,
 )
 from .output import app, new_console, say, show_progress, worst_code
-from .train import outcome_lines
+from .train import open_run_ledger, outcome_lines
 
 if TYPE_CHECKING:
     from make_us_rich.dashboard.server import Running
+    from make_us_rich.market.series import Series
     from make_us_rich.schedule.plan import Entry
 
 # %% ../../nbs/11_cli/09_up.ipynb #253d1dcf
@@ -66,7 +68,7 @@ def _be_a_part() -> None:
 def begin_part(
     role: str, settings: Settings, to_terminal: bool = False, **order: Any
 ) -> Callable[[Part], subprocess.Popen[bytes]]:
-    "A way to start a part: a role, its settings, and what else it must know; `to_terminal` shows what it says instead of logging it."
+    "A way to start a part: its role, settings, and order; `to_terminal` shows what it says instead of logging it."
 
     def begin(part: Part) -> subprocess.Popen[bytes]:
         part.log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,7 @@ def demo_end() -> pd.Timestamp:
 
 
 def _exchange(order: dict[str, Any], settings: Settings) -> int:
+    "The part that replays the sample."
     from make_us_rich.market.candles import SAMPLE_LABEL, load_sample
     from make_us_rich.market.replay import ReplayServer
 
@@ -135,6 +138,7 @@ def fast_clock(speed: float) -> Clock:
 
 
 def _api(order: dict[str, Any], settings: Settings) -> int:
+    "The part that answers."
     import uvicorn
 
     from make_us_rich.api.logs import configure_logging
@@ -159,41 +163,31 @@ DEMO_PLAN = "pairs: [" + ", ".join(f'{{pair: {pair}, cron: "5 0 * * *"}}' for pa
 
 
 def _schedule(order: dict[str, Any], settings: Settings) -> int:
+    "The part that retrains."
     from make_us_rich.schedule.plan import PlanFile, read_plan
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever
 
     plan = PlanFile(Path(order["file"])) if order["file"] else read_plan(order["plan"])
-    options = Options(
+    chosen = Options(
         jobs=order["jobs"], alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url, speed=order["speed"]
     )
-    run_forever(Schedule(settings, plan, options), wait=2)
+    run_forever(Schedule(settings, plan, chosen), wait=2)
     return 0
 
 # %% ../../nbs/11_cli/09_up.ipynb #139c258c
-def _train(order: dict[str, Any], settings: Settings, run: Callable[..., Any] | None = None) -> int:
-    from make_us_rich.core.database import connect, migrate
-    from make_us_rich.runs.ledger import RunLedger
-    from make_us_rich.runs.train import run_recorded
+def _train(order: dict[str, Any], settings: Settings, **rehearsal: Any) -> int:
+    "The part that trains each entry once; the worst exit code."
+    from make_us_rich.runs.execution import TrainOptions
+    from make_us_rich.runs.train import train as train_series
     from make_us_rich.schedule.plan import Entry
 
-    engine = connect(settings.db_url)
-    migrate(engine)
-    codes = []
-    for entry in [Entry(**e) for e in order["entries"]]:
-        more = {} if entry.history_days is None else {"history_days": entry.history_days}
-        with show_progress(entry.pair) as show:
+    ledger, codes = open_run_ledger(settings), []
+    for entry in [Entry(**told) for told in order["entries"]]:
+        with show_progress(entry.series.name) as show:
             show("fetching candles")
-            outcome = run_recorded(
-                entry.pair,
-                settings=settings,
-                ledger=RunLedger(engine),
-                interval=entry.interval,
-                recipe=entry.recipe,
-                parameters={"overrides": entry.overrides} | more,
-                again=True,
-                on_wait=show,
-                run=run,
-                on_progress=lambda cell, of, title, show=show: show(f"cell {cell} of {of}: {title}"),
+            options = TrainOptions(again=True, history_days=entry.history_days, tell=show)
+            outcome = train_series(
+                entry.series, entry.load_recipe(), settings=settings, ledger=ledger, options=options, **rehearsal
             )
         new_console(stderr=True).print(outcome_lines(outcome), soft_wrap=True)
         codes.append(outcome.exit_code)
@@ -209,7 +203,7 @@ ROLES: dict[str, Callable[[dict[str, Any], Settings], int]] = {
 
 # %% ../../nbs/11_cli/09_up.ipynb #96e6cb47
 @dataclass(frozen=True)
-class Wishes:
+class UpOptions:
     "What the person asked for on the command line."
 
     pairs: tuple[str, ...] = ()
@@ -221,23 +215,23 @@ class Wishes:
     jobs: int = 1
 
 
-def settings_of(wishes: Wishes) -> Settings:
+def settings_of(options: UpOptions) -> Settings:
     "The settings for all parts; the demo has a folder of its own and calls nobody outside."
-    if wishes.pairs and (wishes.demo or wishes.file):
-        other = "--demo plays the two pairs of the sample" if wishes.demo else "--file names the pairs"
+    if options.pairs and (options.demo or options.file):
+        other = "--demo plays the two pairs of the sample" if options.demo else "--file names the pairs"
         raise SettingsError(f"{other}, so no pair is given on the command line; leave out one of the two")
-    if wishes.demo and wishes.file:
+    if options.demo and options.file:
         raise SettingsError("--demo plays the two pairs of the sample, so it takes no --file; leave out one of the two")
-    if wishes.speed is not None and not wishes.demo:
+    if options.speed is not None and not options.demo:
         raise SettingsError("the clock of the real exchange runs at its own speed; use --speed together with --demo")
-    check_port("page", wishes.port, "--port")
-    check_port("API", wishes.api_port, "--api-port")
-    if wishes.port == wishes.api_port:
+    check_port("page", options.port, "--port")
+    check_port("API", options.api_port, "--api-port")
+    if options.port == options.api_port:
         raise SettingsError(
-            f"the page and the API cannot share the port {wishes.port}; choose another one with --api-port"
+            f"the page and the API cannot share the port {options.port}; choose another one with --api-port"
         )
-    base, here = get_settings(), {"host": "127.0.0.1", "port": wishes.api_port, "workers": 1}
-    if not wishes.demo:
+    base, here = get_settings(), {"host": "127.0.0.1", "port": options.api_port, "workers": 1}
+    if not options.demo:
         return get_settings(home=base.home.absolute(), runs=base.runs.absolute(), **here)
     own = {
         "home": (base.home / "up-demo").absolute(),
@@ -247,51 +241,49 @@ def settings_of(wishes: Wishes) -> Settings:
         "database_url": "",
         "monthly_calls": 1_000_000,
     }
-    fast = {"poll_seconds": min(3600.0, 20 * speed_of(wishes)), "exchange_url": f"http://127.0.0.1:{free_port()}"}
+    fast = {"poll_seconds": min(3600.0, 20 * speed_of(options)), "exchange_url": f"http://127.0.0.1:{free_port()}"}
     return get_settings(**here, **own, **fast, alert_urls="", heartbeat_url="")
 
 
-def speed_of(wishes: Wishes) -> float:
+def speed_of(options: UpOptions) -> float:
     "Seconds of exchange time per second."
-    return (wishes.speed or DEMO_SPEED) if wishes.demo else 1.0
+    return (options.speed or DEMO_SPEED) if options.demo else 1.0
 
 # %% ../../nbs/11_cli/09_up.ipynb #cbcc5f2e
-def plan_of(wishes: Wishes, settings: Settings) -> tuple[str, str]:
+def plan_of(options: UpOptions, settings: Settings) -> tuple[str, str]:
     "The plan as YAML, and the file that it is read from (empty: none)."
     from make_us_rich.schedule.plan import PlanFile, read_plan
 
-    file = wishes.file or settings.home / "pairs.yaml"
-    if wishes.demo:
+    file = options.file or settings.home / "pairs.yaml"
+    if options.demo:
         return DEMO_PLAN, ""
-    if not wishes.pairs and (wishes.file or file.is_file()):
+    if not options.pairs and (options.file or file.is_file()):
         PlanFile(file)  # a sentence now is better than one in a log
         return file.read_text(), str(file.absolute())
-    names = wishes.pairs or tuple(_with_model(settings)) or ("BTC_USDT", "ETH_USDT")
-    read_plan(text := "\n".join(f"- {name}" for name in names))
+    names = options.pairs or tuple(map(str, _with_model(settings))) or ("BTC_USDT", "ETH_USDT")
+    text = "\n".join(f"- {name}" for name in names)
+    read_plan(text)
     return text, ""
 
 
-def _with_model(settings: Settings) -> list[str]:
-    from make_us_rich.registry.store import ModelStore
+def _with_model(settings: Settings) -> "list[Series]":
+    "The series that have a model of their own, of any interval."
     from make_us_rich.market.series import POOLED
+    from make_us_rich.registry.store import ModelStore
 
-    return [
-        str(series.pair)
-        for series in ModelStore(settings.store_url).series()
-        if str(series.interval) == "1h" and series.pair != POOLED
-    ]
+    return [series for series in ModelStore(settings.store_url).series() if series.pair != POOLED]
 
 
 def untrained(plan: str, settings: Settings) -> list["Entry"]:
-    "The first entry of each pair of the plan that nothing can be shown of yet."
+    "The first entry of each series of the plan that nothing can be shown of yet."
     from make_us_rich.schedule.plan import read_plan
 
-    known, entries = _with_model(settings), list(read_plan(plan).entries.values())
-    return [
-        e
-        for i, e in enumerate(entries)
-        if e.pair not in known and e.pair not in [earlier.pair for earlier in entries[:i]]
-    ]
+    seen, first = set(_with_model(settings)), []
+    for entry in read_plan(plan).entries.values():
+        if entry.series not in seen:
+            first.append(entry)
+            seen.add(entry.series)
+    return first
 
 # %% ../../nbs/11_cli/09_up.ipynb #c68cbc5e
 def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[Part, Callable[[], str]]:
@@ -303,8 +295,8 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[Part, Call
 
         own = (settings.home / "local-token").is_file()
         with part.log.open("wb") as errors:
-            options = PageOptions(port=port, token=secret if own else None)
-            running: Running = start_dashboard(settings, options, errors)
+            page = PageOptions(port=port, token=secret if own else None)
+            running: Running = start_dashboard(settings, page, errors)
         part.finish, address[0] = running.stop, running.address
         return running.process
 
@@ -313,50 +305,29 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[Part, Call
     ), lambda: address[0]
 
 
-def make_parts(wishes: Wishes, settings: Settings, plan: str, file: str) -> tuple[list[Part], Callable[[], str]]:
+def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> tuple[list[Part], Callable[[], str]]:
     "All parts in the order of their start, and the function that gives the address."
-    speed, logs = speed_of(wishes), settings.home / "logs"
-    exchange = (
-        begin_part("exchange", settings, speed=speed, port=int(settings.exchange_url.rpartition(":")[2]))
-        if wishes.demo
-        else None
-    )
-    page, address = dashboard_part(settings, wishes.port, logs / "dashboard.log")
+    speed, logs = speed_of(options), settings.home / "logs"
     api, note = f"http://127.0.0.1:{settings.port}", f"what it did: MUR_HOME={settings.home} mkrich runs"
+    answer = begin_part("api", settings, speed=speed)
+    work = begin_part("schedule", settings, plan=plan, file=file, jobs=options.jobs, speed=speed)
+    page, address = dashboard_part(settings, options.port, logs / "dashboard.log")
     parts = [
-        Part(
-            "API",
-            begin_part("api", settings, speed=speed),
-            logs / "api.log",
-            f"{api}/healthz",
-            f"described at {api}/docs",
-        ),
-        Part(
-            "schedule",
-            begin_part("schedule", settings, plan=plan, file=file, jobs=wishes.jobs, speed=speed),
-            logs / "schedule.log",
-            note=note,
-        ),
+        Part("API", answer, logs / "api.log", f"{api}/healthz", f"described at {api}/docs"),
+        Part("schedule", work, logs / "schedule.log", note=note),
         page,
     ]
-    if exchange:
-        parts.insert(
-            0,
-            Part(
-                "exchange",
-                exchange,
-                logs / "exchange.log",
-                f"{settings.exchange_url}/replay",
-                f"a replay, {speed:g} times as fast as life",
-            ),
-        )
+    if options.demo:
+        replay = begin_part("exchange", settings, speed=speed, port=int(settings.exchange_url.rpartition(":")[2]))
+        pace, where = f"a replay, {speed:g} times as fast as life", f"{settings.exchange_url}/replay"
+        parts.insert(0, Part("exchange", replay, logs / "exchange.log", where, pace))
     return parts, address
 
 # %% ../../nbs/11_cli/09_up.ipynb #c2f83786
-def run_up(wishes: Wishes) -> None:
+def run_up(options: UpOptions) -> None:
     "Start everything, look after it, and end it when told to; `PartFailed` if it cannot be kept alive."
-    settings = settings_of(wishes)
-    plan, file = plan_of(wishes, settings)
+    settings = settings_of(options)
+    plan, file = plan_of(options, settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home / "up.lock")
     try:
@@ -365,12 +336,12 @@ def run_up(wishes: Wishes) -> None:
         raise SettingsError(
             f"another `mkrich up` runs on {settings.home}; use its address, or set MUR_HOME to another folder", "busy"
         ) from None
-    parts, address = make_parts(wishes, settings, plan, file)
+    parts, address = make_parts(options, settings, plan, file)
     care = Caretaker(parts, say)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: care.stopping.set())
     try:
-        _start_all(care, wishes, settings, untrained(plan, settings))
+        _start_all(care, options, settings, untrained(plan, settings))
         if not care.stopping.is_set():
             print(address(), flush=True)
             say(
@@ -385,26 +356,27 @@ def run_up(wishes: Wishes) -> None:
         lock.release()
 
 
-def _start_all(care: Caretaker, wishes: Wishes, settings: Settings, new: list["Entry"]) -> None:
-    if wishes.demo:
+def _start_all(care: Caretaker, options: UpOptions, settings: Settings, new: list["Entry"]) -> None:
+    "The exchange of the demo, the first training, then everything else."
+    if options.demo:
         care.start(care.parts[0])
-        told = f"The exchange is a replay of the historical sample, {speed_of(wishes):g} times as fast as life"
+        told = f"The exchange is a replay of the historical sample, {speed_of(options):g} times as fast as life"
         say(f"{told}; its clock stands at {utc_iso(demo_start(settings))}. Nothing here is about today.")
         if demo_start(settings) > demo_end() - pd.Timedelta("1h"):  # no candle closes any more
-            say(
-                f"The replay has been played to its end, so nothing new will come; remove {settings.home} to see it again from the beginning."
-            )
+            again = f"remove {settings.home} to see it again from the beginning"
+            say(f"The replay has been played to its end, so nothing new will come; {again}.")
     if new and not care.stopping.is_set():
-        say(f"No model of {', '.join(e.pair for e in new)} yet: each is trained once, which takes about a minute.")
+        say(f"No model of {', '.join(e.series.name for e in new)} yet: each is trained once, which takes about a minute.")
         work = begin_part("train", settings, to_terminal=True, entries=[e.model_dump() for e in new])
         _train_first(care, Part("training", work, settings.home / "logs" / "training.log"))
-    for part in care.parts[wishes.demo :]:
+    for part in care.parts[options.demo :]:
         if not care.stopping.is_set():
             care.start(part)
             say(f"{part.name}: {part.state}")
 
 
 def _train_first(care: Caretaker, training: Part) -> None:
+    "Train what has no model, before anything opens; it ends with Ctrl-C too."
     try:
         training.process = training.begin(training)
         while training.alive and not care.stopping.wait(0.2):
@@ -415,12 +387,12 @@ def _train_first(care: Caretaker, training: Part) -> None:
     finally:
         end_part(training)
     if not care.stopping.is_set() and code not in (0, 4):
-        raise PartFailed(
-            f"the first training has failed ({how_it_ended(code)}), see above; try again, or look at `mkrich up --demo`, which needs no network"
-        )
+        remedy = "try again, or look at `mkrich up --demo`, which needs no network"
+        raise PartFailed(f"the first training has failed ({how_it_ended(code)}), see above; {remedy}")
 
 
 def _watch(care: Caretaker) -> None:
+    "Look after the parts until somebody ends it, with a table on a terminal."
     console = new_console(stderr=True)
     if not console.is_terminal:
         while not care.stopping.wait(0.25):
@@ -432,7 +404,8 @@ def _watch(care: Caretaker) -> None:
 
 # %% ../../nbs/11_cli/09_up.ipynb #a19b69dd
 @app.command(
-    epilog="Examples: [bold]mkrich up --demo[/] | [bold]mkrich up BTC_USDT ETH_USDT[/] | [bold]mkrich up --file pairs.yaml --port 9000[/]"
+    epilog="Examples: [bold]mkrich up --demo[/] | [bold]mkrich up BTC_USDT ETH_USDT/4h[/] | "
+    "[bold]mkrich up --file pairs.yaml --port 9000[/]"
 )
 def up(
     pairs: Annotated[
@@ -455,5 +428,5 @@ def up(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Trainings at once.")] = 1,
 ) -> None:
-    "Everything for one person on one machine: exchange data, schedule, API and dashboard, at one address, until Ctrl-C."
-    run_up(Wishes(tuple(pairs or ()), demo, file, port, api_port or get_settings().port or 8750, speed, jobs))
+    "Everything on one machine: exchange data, schedule, API and dashboard, at one address, until Ctrl-C."
+    run_up(UpOptions(tuple(pairs or ()), demo, file, port, api_port or get_settings().port or 8750, speed, jobs))

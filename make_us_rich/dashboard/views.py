@@ -81,7 +81,8 @@ class RecordView(W.VBox):
         self.state, self.loaded = state, ("", 0.0)
         self.note, self.tiles = make_html(), make_html()
         self.rules, self.table = make_html("", "mur-panel"), make_html("", "mur-panel")
-        self.title, self.skill = make_html(), Chart(height="260px")
+        self.title = make_html("<h2>Loss of the ranges against no change</h2>")
+        self.skill = Chart(height="260px")
         self.promise = Chart(height="260px")
         better = "Below 1 (dashed: no change) is better. The band holds the true ratio 95 times of 100."
         diamond = "Dot and bar: what happened, with its 95 % interval. Diamond: what was promised."
