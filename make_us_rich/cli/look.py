@@ -332,7 +332,7 @@ def _train_and_forecast(series: "Series", settings: Settings) -> "tuple[Outcome,
         raise typer.Exit(outcome.exit_code)
     store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
     client = BinanceClient(settings.exchange_url)
-    return outcome, forecast_pair(series.pair, str(series.interval), store, candles, client)
+    return outcome, forecast_pair(series, store, candles, client)
 
 
 def _came(shown: "Forecast", came: Any) -> str:

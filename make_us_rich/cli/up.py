@@ -293,7 +293,7 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[ManagedPro
     ), lambda: address[0]
 
 
-def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> tuple[list[Part], Callable[[], str]]:
+def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> tuple[list[ManagedProcess], Callable[[], str]]:
     "All parts in the order of their start, and the function that gives the address."
     speed, logs = speed_of(options), settings.home / "logs"
     api, note = f"http://127.0.0.1:{settings.port}", f"what it did: MUR_HOME={settings.home} mkrich runs"
@@ -313,7 +313,7 @@ def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> 
 
 # %% ../../nbs/11_cli/09_up.ipynb #c2f83786
 def run_up(options: UpOptions) -> None:
-    "Start everything, look after it, and end it when told to; `PartFailed` if it cannot be kept alive."
+    "Start everything, look after it, and end it when told to; `ProcessFailed` if it cannot be kept alive."
     settings = settings_of(options)
     plan, file = plan_of(options, settings)
     settings.home.mkdir(parents=True, exist_ok=True)
@@ -325,7 +325,7 @@ def run_up(options: UpOptions) -> None:
             f"another `mkrich up` runs on {settings.home}; use its address, or set MUR_HOME to another folder", "busy"
         ) from None
     parts, address = make_parts(options, settings, plan, file)
-    care = Caretaker(parts, say)
+    care = Supervisor(parts, say)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: care.stopping.set())
     try:
@@ -344,7 +344,7 @@ def run_up(options: UpOptions) -> None:
         lock.release()
 
 
-def _start_all(care: Caretaker, options: UpOptions, settings: Settings, new: list["Entry"]) -> None:
+def _start_all(care: Supervisor, options: UpOptions, settings: Settings, new: list["Entry"]) -> None:
     "The exchange of the demo, the first training, then everything else."
     if options.demo:
         care.start(care.parts[0])
@@ -363,7 +363,7 @@ def _start_all(care: Caretaker, options: UpOptions, settings: Settings, new: lis
             say(f"{part.name}: {part.state}")
 
 
-def _train_first(care: Caretaker, training: Part) -> None:
+def _train_first(care: Supervisor, training: ManagedProcess) -> None:
     "Train what has no model, before anything opens; it ends with Ctrl-C too."
     try:
         training.process = training.begin(training)
@@ -376,10 +376,10 @@ def _train_first(care: Caretaker, training: Part) -> None:
         end_managed(training)
     if not care.stopping.is_set() and code not in (0, 4):
         remedy = "try again, or look at `mkrich up --demo`, which needs no network"
-        raise PartFailed(f"the first training has failed ({how_it_ended(code)}), see above; {remedy}")
+        raise ProcessFailed(f"the first training has failed ({how_it_ended(code)}), see above; {remedy}")
 
 
-def _watch(care: Caretaker) -> None:
+def _watch(care: Supervisor) -> None:
     "Look after the parts until somebody ends it, with a table on a terminal."
     console = new_console(stderr=True)
     if not console.is_terminal:
