@@ -301,14 +301,14 @@ def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> 
     work = begin_part("schedule", settings, plan=plan, file=file, jobs=options.jobs, speed=speed)
     page, address = dashboard_part(settings, options.port, logs / "dashboard.log")
     parts = [
-        Part("API", answer, logs / "api.log", f"{api}/healthz", f"described at {api}/docs"),
-        Part("schedule", work, logs / "schedule.log", note=note),
+        ManagedProcess("API", answer, logs / "api.log", f"{api}/healthz", f"described at {api}/docs"),
+        ManagedProcess("schedule", work, logs / "schedule.log", note=note),
         page,
     ]
     if options.demo:
         replay = begin_part("exchange", settings, speed=speed, port=int(settings.exchange_url.rpartition(":")[2]))
         pace, where = f"a replay, {speed:g} times as fast as life", f"{settings.exchange_url}/replay"
-        parts.insert(0, Part("exchange", replay, logs / "exchange.log", where, pace))
+        parts.insert(0, ManagedProcess("exchange", replay, logs / "exchange.log", where, pace))
     return parts, address
 
 # %% ../../nbs/11_cli/09_up.ipynb #c2f83786
@@ -347,7 +347,7 @@ def run_up(options: UpOptions) -> None:
 def _start_all(care: Supervisor, options: UpOptions, settings: Settings, new: list["Entry"]) -> None:
     "The exchange of the demo, the first training, then everything else."
     if options.demo:
-        care.start(care.parts[0])
+        care.start(care.processes[0])
         told = f"The exchange is a replay of the historical sample, {speed_of(options):g} times as fast as life"
         say(f"{told}; its clock stands at {utc_iso(demo_start(settings))}. Nothing here is about today.")
         if demo_start(settings) > demo_end() - pd.Timedelta("1h"):  # no candle closes any more
@@ -356,8 +356,8 @@ def _start_all(care: Supervisor, options: UpOptions, settings: Settings, new: li
     if new and not care.stopping.is_set():
         say(f"No model of {', '.join(e.series.name for e in new)} yet: each is trained once, which takes about a minute.")
         work = begin_part("train", settings, to_terminal=True, entries=[e.model_dump() for e in new])
-        _train_first(care, Part("training", work, settings.home / "logs" / "training.log"))
-    for part in care.parts[options.demo :]:
+        _train_first(care, ManagedProcess("training", work, settings.home / "logs" / "training.log"))
+    for part in care.processes[options.demo :]:
         if not care.stopping.is_set():
             care.start(part)
             say(f"{part.name}: {part.state}")

@@ -55,7 +55,7 @@ class PageState:
     def path(self, what: str, more: str = "", **values: int | str) -> str:
         "Where the API tells about the chosen series: `/v1/WHAT/PAIR/MORE`, with its interval where that is not the hour."
         if self.interval != "1h":
-            values = {"interval": self.interval} | values
+            values = dict(interval=self.interval, **values)
         query = "&".join(f"{name}={value}" for name, value in values.items())
         return f"/v1/{what}/{self.series.partition('/')[0]}{more}" + (f"?{query}" if query else "")
 
