@@ -21,7 +21,7 @@ from ..models.har import HarT
 from ..evaluation.scores import Scores, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Verdict
-from ..evaluation.gate import gate
+from ..evaluation.gate import LIMITS, gate
 from .manifest import Manifest
 from .versions import as_arguments
 from .store import ModelReader, serving_champion
@@ -34,7 +34,7 @@ def unseen_from(manifest: Manifest, frame: pd.DataFrame) -> pd.Timestamp:
     step = Interval.parse(manifest.interval)
     if not isinstance(share, float) or manifest.pair == str(POOLED):
         return pd.Timestamp(data.last)
-    test = max(round(data.rows * share), 720)
+    test = max(round(data.rows * share), LIMITS.hours)
     seen = frame.loc[frame["timestamp"].between(data.first, data.last), "timestamp"]
     return pd.Timestamp(seen.iloc[-test - 1] if len(seen) == data.rows > test else data.last - test * step.delta)
 
@@ -45,11 +45,7 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader,
-    frame: pd.DataFrame,
-    rows: np.ndarray,
-    series: str | Series,
-    hours: int = 720,
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = LIMITS.hours
 ) -> np.ndarray | None:
     "Q [n, 21] of the serving champion at `rows`; None without a sound one that is new to the last `hours` of them."
     try:
@@ -100,7 +96,7 @@ def regate(
     series: str | Series,
     version: str | None = None,
     now: pd.Timestamp | None = None,
-    hours: int = 720,
+    hours: int = LIMITS.hours,
 ) -> Judgement:
     "Ask the gate about a version (default: the champion) on the newest hours that it and the champion have not seen."
     series = Series.parse(series)
@@ -120,9 +116,7 @@ def regate(
         rule = f"version {model.manifest.version} of {name} has learned from all candles up to {utc_iso(start)}, and no later hour can be scored yet"
         raise CandleError(f"{rule}; fetch newer ones with `mkrich candles {name}`", "short_history")
     Q, incumbent = onnx_returns(model, frame, rows), onnx_returns(other, frame, rows) if other else None
-    verdict = gate(
-        frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), hours=hours, incumbent=incumbent, now=now
-    )
+    verdict = gate(frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), incumbent=incumbent, now=now)
     return Judgement(
         str(name),
         str(step),
