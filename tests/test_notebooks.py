@@ -75,7 +75,7 @@ def test_an_edited_library_and_an_orphan_are_found(planted):
 
 
 @pytest.mark.parametrize(
-    "line, name",
+    ("line", "name"),
     [
         ("from make_us_rich.api.app import create_app", "api.app"),
         ("from make_us_rich.market.candles import (\n    load_sample,\n)", "market.candles"),
@@ -94,7 +94,7 @@ def plant(planted, module, line):
 
 
 @pytest.mark.parametrize(
-    "module, line",
+    ("module", "line"),
     [
         ("market/series.py", "from ..api.app import create_app"),  # an upward import
         ("serving/forecast.py", "from ..runs.run import Outcome"),  # two rooms that do not know each other
@@ -118,7 +118,7 @@ def test_a_room_that_has_no_floor_is_found(planted):
 
 
 @pytest.mark.parametrize(
-    "line, rule",
+    ("line", "rule"),
     [
         ("a, b, c = 1, 2, 3", "packed assignment"),
         ("(a, b), c = (1, 2), 3", "packed assignment"),

@@ -15,12 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import air
 
+from make_us_rich.core.secrets import canaries
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LIBRARY = "make_us_rich"
 CEILING: dict[str, int] = {}
-# what only an executed or private notebook holds
-CANARIES = re.compile(r"injected-parameters|papermill|(?:/home|/root|/Users)/\w+|\bmur_[A-Za-z0-9_-]{30,}|-----BEGIN")
 
 
 def notebooks() -> list[Path]:
@@ -65,7 +65,7 @@ def not_clean() -> list[str]:
         copy = scratch(Path(folder))
         nbdev("nbdev_clean", copy)
         dirty = [p.name for p in notebooks() if p.read_text() != (copy / p.relative_to(ROOT)).read_text()]
-    leaks = [f"{p.name}: holds {found[0]!r}" for p in notebooks() if (found := CANARIES.search("\n".join(_visible(p))))]
+    leaks = [f"{p.name}: holds {each!r}" for p in notebooks() for each in canaries("\n".join(_visible(p)))]
     counts = [p.name for p in notebooks() if '"execution_count": null' not in p.read_text() and cells(p)]
     return [f"{name}: not clean; run make export" for name in dirty + counts] + [f"{leak}; remove it" for leak in leaks]
 

@@ -71,6 +71,7 @@ AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 
 @contextmanager
 def _steady(url: str) -> Iterator[Connection]:
+    "A connection that the pool keeps out of the way, and that notices a cut cable."
     engine = connect(url, connections=1)
     try:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -84,10 +85,12 @@ def _steady(url: str) -> Iterator[Connection]:
 
 
 def _by_connection(connection: Connection) -> Any:
+    "Take a lock by its number: held until the connection ends."
     return lambda name: connection.scalar(text("SELECT pg_try_advisory_lock(:n)"), {"n": lock_number(name)})
 
 # %% ../../nbs/01_core/07_locks.ipynb #b16ede14
 def _by_file(folder: Path, held: ExitStack) -> Any:
+    "Take a lock by a file: held until the stack is left."
     folder.mkdir(parents=True, exist_ok=True)
 
     def take(name: str) -> bool:

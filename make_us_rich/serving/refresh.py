@@ -24,7 +24,7 @@ from ..core.storage import replace as put_object
 from ..market.series import POOLED, Interval, Pair, Series
 from ..market.candles import COLUMNS
 from ..market.candle_store import CandleStore
-from ..market.clock import Market
+from ..market.rate_pause import Market
 from ..registry.versions import Bundle
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
@@ -157,7 +157,7 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
                 market.problem = str(e)
         now = parts.now
         due, state.misses = next_fetch(newest, now, state.interval, state.misses, parts.jitter())
-        state.fetch_due = max(due, now + pd.Timedelta(seconds=market.breaker.left()[0]))
+        state.fetch_due = max(due, now + pd.Timedelta(seconds=market.pause.left()[0]))
         if market.problem and now >= market.rest_until:
             market.rest_until = state.fetch_due - pd.Timedelta("1ms")
     return True

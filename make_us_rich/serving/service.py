@@ -32,7 +32,8 @@ from ..core.database import connect, migrate, ping
 from ..market.series import Interval, Pair
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
-from ..market.clock import Breaker, Market, running_clock
+from ..market.clock import RunningClock
+from ..market.rate_pause import Market, RatePause
 from ..registry.store import ModelStore, served_series
 from .verify import Ledger
 from .events import Subscription
@@ -51,7 +52,7 @@ def make_parts(
     client = client or BinanceClient(settings.exchange_url)
     host = re.sub(r"[^A-Za-z0-9.-]", "-", shown(settings.exchange_url).partition("://")[2])[:80]
     market = Market(
-        client, Breaker(settings.home / f"pause-{host}.json", clock or system_clock), clock or running_clock()
+        client, RatePause(settings.home / f"pause-{host}.json", clock or system_clock), clock or RunningClock()
     )
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
     last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None
@@ -216,7 +217,7 @@ def service_status(service: Service) -> dict[str, Any]:
         ping(service.engine)
     except StoreError as e:
         database = str(e)
-    seconds, why = service.parts.market.breaker.left()
+    seconds, why = service.parts.market.pause.left()
     pairs = [pair_status(service.parts, state) for state in service.states.values()]
     return {
         "ready": not database and any(p["model_version"] for p in pairs),

@@ -18,15 +18,17 @@ from servers import _die_with_parent, free_port, postgresql  # noqa: F401
 from waiting import LONG, wait_for
 
 from make_us_rich.core.database import connect, migrate
-from make_us_rich.core.locks import Locks, pair_lock
+from make_us_rich.core.locks import Locks, series_lock
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.run import find_notebook
-from make_us_rich.runs.train import close_lost, plan_run
+from make_us_rich.runs.lost import close_lost
+from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
 
@@ -49,7 +51,7 @@ def database(postgresql):  # noqa: F811
 
 
 def test_lock_of_a_killed_process_is_free(database, tmp_path):
-    locks, name = Locks(database, tmp_path), pair_lock("BTC_USDT", "1h")
+    locks, name = Locks(database, tmp_path), series_lock("BTC_USDT/1h")
     program = f"""
 import time
 from pathlib import Path
@@ -63,7 +65,7 @@ with Locks({database!r}, Path()).hold([{name!r}, "ticket/1"]):
     ) as process:
         assert process.stdout.readline() == "held\n"
         assert locks.taken([name, "ticket/1", "ticket/2"]) == {name, "ticket/1"}
-        with pytest.raises(Exception, match="somebody else is at pair/BTC_USDT/1h"), locks.hold([name]):
+        with pytest.raises(Exception, match="somebody else is at series/BTC_USDT/1h"), locks.hold([name]):
             pass
         process.kill()
         process.wait(LONG)
@@ -79,10 +81,10 @@ def test_rows_of_a_dead_host_are_closed_and_wanted_again_three_times(database, t
     for attempt in (1, 2, 3):
         (wanted,) = missing_runs(plan, ledger, settings, now)
         assert wanted.attempt == attempt and wanted.ticket.endswith(f"/{attempt}")
-        ledger.begin(plan_run("BTC_USDT", "1h", "default", {}, now, settings))
-        with Locks(database, tmp_path).hold([pair_lock("BTC_USDT", "1h")]):
+        ledger.begin(identify(Series.parse("BTC_USDT"), now.floor("h"), load_recipe("default")), settings.runs)
+        with Locks(database, tmp_path).hold([series_lock("BTC_USDT/1h")]):
             assert missing_runs(plan, ledger, settings, now) == []  # it is under way
-        assert close_lost(ledger, settings, {("ETH_USDT", "1h")}) == []
+        assert close_lost(ledger, settings, {Series.parse("ETH_USDT")}) == []
     assert missing_runs(plan, ledger, settings, now) == []  # three hosts died over it: enough for this candle
     assert [w.why for w in missing_runs(plan, ledger, settings, now + pd.Timedelta("1h"))] == [
         "the newest one is of 2026-11-24T12:00:00Z"
@@ -260,9 +262,9 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     assert first.returncode == 0, first.stderr
     (fleet.folder / "pairs.yaml").write_text(LIST)
     done = command(fleet, *deploy)
-    assert done.stdout.count("deployed") == len(PAIRS) + 1 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert (
+        done.stdout.count("deployed") == len(PAIRS) + 1 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout
+    ), done.stdout + done.stderr
     deployed = fleet.ask("deployments/filter")
     assert {d["name"] for d in deployed} == {f"{pair}.1h.default" for pair in PAIRS} | {"sweep"}
     assert {s["schedule"]["interval"] for d in deployed for s in d["schedules"]} == {3600.0, 20.0}
@@ -274,9 +276,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     ledger = RunLedger(connect(settings.db_url))
     try:
         running = lambda: [
-            r
-            for r in ledger.rows(state="running")
-            if (fleet.folder / r.host.partition("/")[0] / "runs" / r.pair / "running.json").exists()
+            r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()
         ]
         victim = fleet.wait_for(running, "a run in its notebook")[0]
         host = victim.host.partition("/")[0]
@@ -301,11 +301,11 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
             infos = store.versions(pair)
             whole = [i.version for i in infos if i.manifest and i.manifest.run_id == row.run_id]
             assert not [i for i in infos if i.manifest and i.manifest.run_id != row.run_id]
-            assert (row.state, whole, store.champion(pair).version) == (
-                "published",
-                [row.version],
-                row.version,
-            ), (pair, row.state, row.reason)
+            assert (row.state, whole, store.champion(pair).version) == ("published", [row.version], row.version), (
+                pair,
+                row.state,
+                row.reason,
+            )
         fleet.wait_for(
             lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
             "the end of all runs in Prefect",
