@@ -35,7 +35,7 @@ def unseen_from(manifest: Manifest, frame: pd.DataFrame) -> pd.Timestamp:
     step = Interval.parse(manifest.interval)
     if not isinstance(share, float) or manifest.pair == str(POOLED):
         return pd.Timestamp(data.last)
-    test = max(round(data.rows * share), 720)
+    test = max(round(data.rows * share), FAIR_HOURS)
     seen = frame.loc[frame["timestamp"].between(data.first, data.last), "timestamp"]
     return pd.Timestamp(seen.iloc[-test - 1] if len(seen) == data.rows > test else data.last - test * step.delta)
 

@@ -39,6 +39,7 @@ from make_us_rich.models.pooled import (
 from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict
+from ..evaluation.gate import LIMITS, PARITY_RULE
 from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
@@ -255,12 +256,18 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     n = len(scores.hours)
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
     checks = [
-        _check("enough_hours", n >= 720, n, "at least 720 scored hours", f"{n} hours of {len(each)} pairs were scored"),
+        _check(
+            "enough_hours",
+            n >= LIMITS.hours,
+            n,
+            f"at least {LIMITS.hours} scored hours",
+            f"{n} hours of {len(each)} pairs were scored",
+        ),
         _check(
             "beats_base",
-            t < -1.64,
+            t < -LIMITS.t,
             t,
-            "one-sided DM t < -1.64 on CRPS",
+            f"one-sided DM t < -{LIMITS.t} on CRPS",
             f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}",
         ),
         _check(
@@ -271,7 +278,7 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
             f"it is better for {better:.0%} of the pairs",
         ),
     ]
-    for percent, low, high in ((80, 0.75, 0.85), (95, 0.925, 0.975)):
+    for percent, (low, high) in LIMITS.coverage.items():
         share, rule = float(whole[f"cov{percent}"]), f"{low:.1%} to {high:.1%} inside the {percent} % range"
         checks.append(
             _check(
@@ -282,9 +289,8 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
                 f"the {percent} % range held {share:.1%} of the hours",
             )
         )
-    parity_rule = "ONNX and torch differ by at most 1e-5"
     return Verdict(
-        [*checks, _check("onnx_parity", parity <= 1e-5, parity, parity_rule, f"they differ by {parity:.1g}")]
+        [*checks, _check("onnx_parity", parity <= LIMITS.parity, parity, PARITY_RULE, f"they differ by {parity:.1g}")]
     )
 
 
