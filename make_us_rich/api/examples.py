@@ -97,7 +97,7 @@ def example_service(
     for name in ("start", "run_forever", "tick", "update_models"):
         setattr(service, name, lambda *_: None)
     known = [Series.parse(each) for each in series]
-    service.states = {(str(each.pair), str(each.interval)): _state(service, each) for each in known}
+    service.states = {each: _state(service, each) for each in known}
     if candles:
         pair = str(known[0].pair)
         with ReplayServer({pair: load_sample(pair)}, now=NOW, label=SAMPLE_LABEL) as exchange:
@@ -107,7 +107,7 @@ def example_service(
 
 def _state(service: Service, series: Series) -> PairState:
     "What the service would know about a series an hour after its model was published."
-    state = PairState(series.pair, series.interval)
+    state = PairState(series)
     shown: Any = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))
     state.model = shown  # what the routes look at of a model
     record = service.ledger.track_record(str(series.pair), interval=str(series.interval))
@@ -153,7 +153,7 @@ class ExampleApi:
 
     def show(self, forecast: Forecast) -> None:
         "Let the service answer with this forecast."
-        self.service.states[forecast.pair, forecast.interval].answer = Answer.of(forecast, NOW)
+        self.service.states[Series.parse(forecast.pair, forecast.interval)].answer = Answer.of(forecast, NOW)
 
 
 def example_api(

@@ -86,7 +86,7 @@ def forecast(
     if api:
         return _finish(_ask_api(api, token, pairs or []), as_json)
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.series import Pair
+    from make_us_rich.market.series import Pair, Series
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.serving.forecasting import ModelLoader, forecast_pair
     from make_us_rich.registry.store import ModelStore
@@ -106,7 +106,7 @@ def forecast(
             "no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model"
         )
     loader = ModelLoader(models)
-    _finish([forecast_pair(pair, interval, loader, candles, client) for pair in names], as_json)
+    _finish([forecast_pair(Series.parse(pair, interval), loader, candles, client) for pair in names], as_json)
 
 
 def _ask_api(url: str, token: str | None, pairs: list[str]) -> "list[Forecast]":
@@ -289,7 +289,7 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
         if outcome.exit_code:
             raise typer.Exit(outcome.exit_code)
         store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
-        shown = forecast_pair(name, "1h", store, candles, BinanceClient(exchange.url))
+        shown = forecast_pair(name, store, candles, BinanceClient(exchange.url))
     new_console().print("")
     _show_forecasts([shown])
     day = shown.target_open[:10]

@@ -28,6 +28,7 @@ from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import SettingsError, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving.events import Event
 from make_us_rich.serving.forecast import Forecast
@@ -132,7 +133,7 @@ def test_our_faults_are_not_charged(world, monkeypatch):  # F70
 
 
 def test_not_yet_is_a_documented_503_and_free(world):
-    world.service.states["BTC_USDT", "1h"].answer = None
+    world.service.states[Series.parse("BTC_USDT")].answer = None
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"], world.used()) == (
         503,

@@ -46,10 +46,11 @@ def _golden(pair: str) -> tuple[int, Golden]:
 
 
 def publish(
-    store: ModelStore, series: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
+    store: ModelStore, name: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
 ) -> str:
-    "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` one that computes other prices than it says."
-    pair, interval = (str(part) for part in (Series.parse(series).pair, Series.parse(series).interval))
+    "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
+    series = Series.parse(name)
+    pair = str(series.pair)
     window, golden = _golden(pair)
     if broken:
         golden = golden.model_copy(update={"quantiles": [q * 1.01 for q in golden.quantiles]})
@@ -60,7 +61,7 @@ def publish(
     )
     manifest = Manifest(
         pair=pair,
-        interval=interval,
+        interval=str(series.interval),
         window=window,
         columns=VALUE_COLUMNS,
         levels=list(LEVELS),
