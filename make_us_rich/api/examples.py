@@ -108,7 +108,8 @@ def example_service(
 def _state(service: Service, series: Series) -> PairState:
     "What the service would know about a series an hour after its model was published."
     state = PairState(series)
-    state.model = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))  # type: ignore[assignment]
+    shown: Any = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))
+    state.model = shown  # what the routes look at of a model
     record = service.ledger.track_record(str(series.pair), interval=str(series.interval))
     state.record_body = orjson.dumps(record.to_dict())
     state.answer = Answer.of(a_forecast(pair=str(series.pair), interval=str(series.interval)), NOW)
