@@ -42,7 +42,7 @@ PASSWORD = "correct horse battery"
 
 
 def add_people(engine: Engine, now: pd.Timestamp = NOW) -> dict[str, str]:
-    "An admin and a member, and their tokens by role; also tokens that are wrong, revoked, expired, or of somebody disabled."
+    "An admin and a member, their tokens by role, and tokens that are wrong, revoked, expired, or of somebody disabled."
     day = pd.Timedelta("1D")
     with session(engine) as s:
         ana = add_user(s, "ana", now, role="admin", password=PASSWORD)
