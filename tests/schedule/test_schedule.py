@@ -299,6 +299,8 @@ def test_killed_schedule_leaves_no_orphan(settings, exchange, ledger, tmp_path):
 from pathlib import Path
 
 from make_us_rich.core.settings import get_settings
+from make_us_rich.schedule.plan import PlanFile
+from make_us_rich.schedule.schedule import Options, Schedule, run_forever
 settings = get_settings(home={str(settings.home)!r}, runs={str(settings.runs)!r}, exchange_url={exchange.url!r})
 run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})), Options(runner="stand_in:run")), wait=1)
 """
