@@ -225,6 +225,7 @@ def forecast_block(contender: Contender, frame: pd.DataFrame, block: Block, hist
     return Q
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #9f556014
+_PACKAGE = Path(str(files("make_us_rich")))
 _SOURCES = ("market/series", "market/candles", "models", "evaluation")  # a module or a room
 
 
@@ -232,7 +233,7 @@ COLUMNS = [f"q{level}" for level in LEVELS]
 
 
 @functools.cache
-def code_version(package: Path = Path(str(files("make_us_rich")))) -> str:
+def code_version(package: Path = _PACKAGE) -> str:
     "A hash of the modules that make forecasts; FileNotFoundError if one of them has moved."
     found = hashlib.sha256()
     for name in _SOURCES:
