@@ -293,7 +293,9 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[ManagedPro
     ), lambda: address[0]
 
 
-def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> tuple[list[ManagedProcess], Callable[[], str]]:
+def make_parts(
+    options: UpOptions, settings: Settings, plan: str, file: str
+) -> tuple[list[ManagedProcess], Callable[[], str]]:
     "All parts in the order of their start, and the function that gives the address."
     speed, logs = speed_of(options), settings.home / "logs"
     api, note = f"http://127.0.0.1:{settings.port}", f"what it did: MUR_HOME={settings.home} mkrich runs"
