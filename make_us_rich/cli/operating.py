@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def schedule(
     pairs: Annotated[
         list[str] | None,
-        typer.Argument(help="Pairs, each after its closes with the recipe finetune; or use --file.", metavar="[PAIR...]"),
+        typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]"),
     ] = None,
     file: Annotated[
         Path | None,
@@ -38,7 +38,7 @@ def schedule(
 ) -> None:
     """Retrain every pair in time: two minutes after each close, or as the list says.
 
-    The list:  pairs: [BTC_USDT, {pair: ETH_USDT/4h, minutes: 5}, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
+    The list: pairs: [BTC_USDT, ETH_USDT/4h, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
     Hourly retraining is cheap fine-tuning from a network that is trained on all pairs each week.
     It gains little over a weekly one: see the notebook of this page.
     """
