@@ -87,15 +87,15 @@ def test_import_is_light():
 
 def test_the_serving_side_needs_no_torch():
     modules = [
-        "settings",
-        "candles",
-        "exchange",
-        "candle_store",
-        "replay",
-        "evaluation",
-        "model_store",
-        "forecasting",
-        "cli",
+        "core.settings",
+        "market.candles",
+        "market.exchange",
+        "market.candle_store",
+        "market.replay",
+        "evaluation.gate",
+        "registry.store",
+        "serving.service",
+        "cli.main",
     ]
     code = (
         f"import sys, importlib; [importlib.import_module('make_us_rich.' + m) for m in {modules}]; "
@@ -105,7 +105,7 @@ def test_the_serving_side_needs_no_torch():
 
 
 def test_onnxruntime_sends_no_telemetry(tmp_path):
-    code = "import make_us_rich.forecasting, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import make_us_rich.serving.forecasting, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     assert run(code, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache")) == "1"
     assert not list(tmp_path.rglob("*onnxruntime*"))
 
