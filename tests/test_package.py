@@ -52,15 +52,15 @@ def test_a_wheel_carries_notebooks_sample_recipes_and_types(wheel):
     names = {str(p.relative_to(wheel / "make_us_rich")) for p in (wheel / "make_us_rich").rglob("*") if p.is_file()}
     wanted = {
         "notebooks/run_train.ipynb",
-        "sample/NOTICE",
-        "sample/BTC_USDT-1h.parquet",
-        "sample/SOL_USDT-1h.parquet",
-        "recipes/default.yaml",
-        "recipes/original.yaml",
+        "market/sample/NOTICE",
+        "market/sample/BTC_USDT-1h.parquet",
+        "market/sample/SOL_USDT-1h.parquet",
+        "models/recipes/default.yaml",
+        "models/recipes/original.yaml",
         "py.typed",
-        "templates/api/page.html",
-        "templates/api/login.html",
-        "templates/api/docs.html",
+        "api/templates/page.html",
+        "api/templates/login.html",
+        "api/templates/docs.html",
     }
     assert wanted <= names, wanted - names
     assert not any(n.endswith((".onnx", ".ckpt", ".pkl")) for n in names)
@@ -111,6 +111,6 @@ def test_onnxruntime_sends_no_telemetry(tmp_path):
 
 
 def test_sample_stays_small():
-    files = list((ROOT / "make_us_rich" / "sample").glob("*.parquet"))
+    files = list((ROOT / "make_us_rich" / "market" / "sample").glob("*.parquet"))
     assert len(files) == 2
     assert sum(p.stat().st_size for p in files) < 2_000_000
