@@ -6,6 +6,8 @@
 __all__ = ['HOUR', 'example_candles', 'sharp_and_blind', 'example_forecast', 'record_hours']
 
 # %% ../../nbs/06_serving/03a_examples.ipynb #37eabd0c
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from sqlalchemy.engine import Engine
@@ -33,6 +35,7 @@ def sharp_and_blind(frame: pd.DataFrame, rows: np.ndarray) -> dict[str, np.ndarr
     sharp = volatility[rows, None] * shape
     return {"BTC_USDT": sharp + 1e-6, "ETH_USDT": 5 * sharp + 1e-6}
 
+
 # %% ../../nbs/06_serving/03a_examples.ipynb #c5957d70
 def example_forecast(
     frame: pd.DataFrame, row: int, Q: np.ndarray, pair: str = "BTC_USDT", version: str = "20250101T000000Z-0123456789ab"
@@ -40,8 +43,17 @@ def example_forecast(
     "A forecast as a model at the close of candle `row` would give it; Q [21] log returns."
     as_of, last = frame["timestamp"].iloc[row] + HOUR, float(frame["close"].iloc[row])
     prices = last * np.exp(Q)
-    times = {"as_of": utc_iso(as_of), "target_open": utc_iso(as_of), "target_close": utc_iso(as_of + HOUR)}
-    words = {"sentence": "", "source": "synthetic candles", "label": "synthetic candles", "run_id": "by-hand"}
+    times: dict[str, Any] = {
+        "as_of": utc_iso(as_of),
+        "target_open": utc_iso(as_of),
+        "target_close": utc_iso(as_of + HOUR),
+    }
+    words: dict[str, Any] = {
+        "sentence": "",
+        "source": "synthetic candles",
+        "label": "synthetic candles",
+        "run_id": "by-hand",
+    }
     return Forecast(
         pair=pair,
         interval="1h",
