@@ -65,7 +65,7 @@ def hand_made_graph(spread: float = 0.004, window: int = 24, bomb: int = 0) -> b
 def example_manifest(
     series: str | Series, cutoff: str | pd.Timestamp, spread: float = 0.004, window: int = 24, off: float = 1.0
 ) -> Manifest:
-    "The draft of a manifest for `hand_made_graph(spread, window)`; `off` is a factor that makes its golden answer wrong."
+    "The draft of a manifest for `hand_made_graph(spread, window)`; `off` makes its golden answer wrong."
     series, at = Series.parse(series), pd.Timestamp(cutoff).to_pydatetime()
     tail = fake_candles(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()

@@ -124,7 +124,8 @@ class Manifest(Record):
     @property
     def version(self) -> str:
         "Cut-off and content: `20231231T230000Z-0123456789ab`."
-        return f"{pd.Timestamp(self.cutoff).tz_convert('UTC').ceil('s'):%Y%m%dT%H%M%SZ}-{self.files['model.onnx'].sha256[:12]}"
+        cutoff = pd.Timestamp(self.cutoff).tz_convert("UTC").ceil("s")
+        return f"{cutoff:%Y%m%dT%H%M%SZ}-{self.files['model.onnx'].sha256[:12]}"
 
     @property
     def passed(self) -> bool:

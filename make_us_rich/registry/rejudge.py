@@ -69,7 +69,7 @@ WARM_UP = 480  # hours before the judged ones that teach the online width
 
 @dataclass(frozen=True)
 class Judgement:
-    "What the gate says about a stored version today; `incumbent` is the champion it was compared with, empty if it is the champion."
+    "What the gate says about a stored version today; `incumbent` is the champion beside it, empty if it is that."
 
     pair: str
     interval: str
@@ -83,7 +83,8 @@ class Judgement:
     @property
     def sentence(self) -> str:
         "The outcome for a person."
-        hours = f"on {int(self.scores.table['n'].iloc[0])} hours from {self.first:%Y-%m-%d %H:%M} to {self.last:%Y-%m-%d %H:%M} UTC"
+        span = f"from {self.first:%Y-%m-%d %H:%M} to {self.last:%Y-%m-%d %H:%M} UTC"
+        hours = f"on {int(self.scores.table['n'].iloc[0])} hours {span}"
         if self.verdict.passed:
             return f"Version {self.version} of {self.pair} passes the gate again, {hours}."
         return (
@@ -115,7 +116,8 @@ def regate(
         -(FAIR_HOURS + WARM_UP) :
     ]
     if not len(rows):
-        rule = f"version {model.manifest.version} of {name} has learned from all candles up to {utc_iso(start)}, and no later hour can be scored yet"
+        seen = f"version {model.manifest.version} of {name} has learned from all candles up to {utc_iso(start)}"
+        rule = f"{seen}, and no later hour can be scored yet"
         raise CandleError(f"{rule}; fetch newer ones with `mkrich candles {name}`", "short_history")
     Q, incumbent = onnx_returns(model, frame, rows), onnx_returns(other, frame, rows) if other else None
     verdict = gate(frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), incumbent=incumbent, now=now)

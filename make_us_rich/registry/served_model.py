@@ -16,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the runtime must not talk to anybody
+
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -77,6 +79,7 @@ class OnnxModel:
         return quantiles, scale
 
     def _check_golden(self) -> None:
+        "`StoreError` if the golden forecast comes out differently here."
         golden, name = self.manifest.golden, f"version {self.manifest.version} of {self.manifest.pair}"
         try:
             candles, open_time, width = golden.inputs(self.window)
@@ -87,21 +90,16 @@ class OnnxModel:
             ) from None
         off = float(np.abs(quantiles[0] / np.array(golden.quantiles) - 1).max())
         if not off <= 1e-6:
-            raise StoreError(
-                f"{name} computes other prices here than where it was made (off by {off:.1e}, 1e-6 is allowed); {ROLL_BACK}"
-            )
+            rule = f"{name} computes other prices here than where it was made (off by {off:.1e}, 1e-6 is allowed)"
+            raise StoreError(f"{rule}; {ROLL_BACK}")
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #d4b2ccf9
 class RememberedModel(OnnxModel):
     "A model that remembers its answers of width 1 for windows seen in a batch, the newest `size` of them."
 
     def __init__(self, model: OnnxModel, size: int = 1000) -> None:
-        self.manifest, self.degraded, self.window, self.session = (
-            model.manifest,
-            model.degraded,
-            model.window,
-            model.session,
-        )
+        self.manifest, self.degraded = model.manifest, model.degraded
+        self.window, self.session = model.window, model.session
         self._size = size
         self._known: OrderedDict[tuple[int, int], tuple[np.ndarray, float]] = OrderedDict()
         self._weights = np.random.default_rng(7).integers(
@@ -151,7 +149,7 @@ TRIAL_MEMORY, TRIAL_SECONDS = 1 << 30, 30
 
 
 def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_SECONDS) -> None:
-    "Run a batch of a bundle's golden window in a child with limited memory and time; `StoreError` (reason `unfit_model`) if that fails."
+    "Run a batch of the golden window in a child with little memory and time; `StoreError` (`unfit_model`) if it fails."
     inputs = bundle.manifest.golden.inputs(bundle.manifest.window)
     names = ("candles", "open_time", "width")
     arrays: dict[str, Any] = {"model": np.frombuffer(bundle.model, np.uint8)}

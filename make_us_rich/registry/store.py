@@ -84,7 +84,8 @@ class ModelReader:
     "The published models below one URL, to read."
 
     def __init__(self, url: str, clock: Clock = system_clock) -> None:
-        self.url, self.clock, self.objects = url, clock, Objects(url)
+        self.url, self.clock = url, clock
+        self.objects = Objects(url)
 
     def champion(self, series: str | Series) -> Pointer | None:
         "The pointer of a series; None if nothing was promoted yet."

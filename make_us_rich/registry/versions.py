@@ -19,7 +19,7 @@ from .manifest import Manifest, open_manifest, seal_manifest, sha256
 
 # %% ../../nbs/05_registry/02_versions.ipynb #09d95400
 def place(series: str | Series, version: str = "") -> str:
-    "`BTC_USDT/1h` or `BTC_USDT/1h/<version>`: only from what is a series and a version, so never a path out of the store."
+    "`BTC_USDT/1h` or `BTC_USDT/1h/<version>`: only what is a series and a version, never a path out of the store."
     folder = str(Series.parse(series))
     if version and not re.fullmatch(VERSION, version, re.ASCII):
         raise StoreError(
@@ -38,7 +38,7 @@ def as_arguments(series: Series) -> str:
 
 
 def read_sound(objects: Objects, folder: str, expect: str = "") -> tuple[Manifest, bytes, bytes]:
-    "Manifest, its bytes and the model of a version's folder, every byte of them checked; ValueError says what is wrong."
+    "Manifest, its bytes and the model of a version's folder, all bytes checked; ValueError says what is wrong."
     data = objects.read(f"{folder}/manifest.json", TEXT_LIMIT)
     if data is None:
         raise ValueError("manifest.json is missing, so it was never finished")

@@ -46,7 +46,8 @@ def what_is_bad(rows: pd.DataFrame) -> str:
     if t > LIMITS.t:
         return f"over its newest {len(hours)} hours the CRPS was {share_text(ratio - 1)} above the base's, t = {t:.2f}"
     if not 0.70 <= held.share <= 0.90:
-        return f"over its newest {len(hours)} hours the 80 % range held {share_text(held.share)}, 70.0 % to 90.0 % is allowed"
+        found = f"over its newest {len(hours)} hours the 80 % range held {share_text(held.share)}"
+        return f"{found}, 70.0 % to 90.0 % is allowed"
     return ""
 
 # %% ../../nbs/06_serving/05_breaker.ipynb #1037c27c

@@ -36,7 +36,7 @@ class Event:
 
 
 class Subscription:
-    "The events of one reader; `wake` is called after each new one, from another thread; `lost` counts those that did not fit."
+    "The events of one reader; `wake` is called after each, from another thread; `lost` counts what did not fit."
 
     def __init__(self, size: int, wake: Callable[[], object] | None) -> None:
         self.queue: queue.Queue[Event] = queue.Queue(size)

@@ -44,17 +44,14 @@ def reliability_sentence(scores: Iterable[dict[str, Any]], interval: str = "1h")
 
 # %% ../../nbs/06_serving/01_forecast.ipynb #471b183a
 def caveats(series: str | Series, manifest: Manifest) -> str:
-    "What a reader should know before the figures: pooled, fallback, or an interval that the design was not measured on; often empty."
-    is_fallback = manifest.recipe.get("name") == "HAR-t"
-    notes = [
-        pooled_note(series, manifest),
-        "It is the fallback HAR-t, a volatility model without a view on the direction: no network serves this pair now."
-        if is_fallback
-        else "",
-        ""
-        if manifest.interval == "1h"
-        else f"The design was measured on 1h candles only, so with {manifest.interval} there is less experience.",
-    ]
+    "What to know before the figures: pooled, fallback, an interval that the design was not measured on."
+    notes = [pooled_note(series, manifest)]
+    if manifest.recipe.get("name") == "HAR-t":
+        view = "a volatility model without a view on the direction"
+        notes.append(f"It is the fallback HAR-t, {view}: no network serves this pair now.")
+    if manifest.interval != "1h":
+        less = f"so with {manifest.interval} there is less experience"
+        notes.append(f"The design was measured on 1h candles only, {less}.")
     return " ".join(note for note in notes if note)
 
 
@@ -64,7 +61,7 @@ def reliability_text(series: str | Series, manifest: Manifest) -> str:
 
 # %% ../../nbs/06_serving/01_forecast.ipynb #b0bb8d8a
 class Forecast(BaseModel):
-    "One forecast of one pair, or the reason why there is none (`status` is `abstain`); times are ISO 8601 UTC, prices in the quote asset."
+    "One forecast of one pair, or the reason why there is none ; times are ISO 8601 UTC, prices in the quote asset."
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -128,20 +125,19 @@ def forecast_rows(forecast: Forecast) -> dict[str, str]:
 
 
 def minute_text(iso: str) -> str:
+    "A time for people, to the minute."
     return iso[:16].replace("T", " ")
 
 
 def age_text(minutes: float) -> str:
-    return (
-        f"{minutes:.0f} min"
-        if minutes < 120
-        else f"{minutes / 60:.0f} h"
-        if minutes < 2880
-        else f"{minutes / 1440:.0f} days"
-    )
+    "An age for people, in the unit that suits it."
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.0f} h" if minutes < 2880 else f"{minutes / 1440:.0f} days"
 
 
 def _markdown(forecast: Forecast) -> str:
+    "The rows as a table in a notebook."
     body = "\n".join(f"| {k} | {v} |" for k, v in forecast_rows(forecast).items())
     return f"| forecast | |\n|---|---|\n{body}"
 

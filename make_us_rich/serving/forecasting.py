@@ -48,7 +48,7 @@ class ModelLoader:
         self._loaded: dict[Series, tuple[str, OnnxModel]] = {}
 
     def get(self, series: str | Series, version: str | None = None) -> OnnxModel:
-        "The model of `version`, or of the champion; `ForecastUnavailable` if there is none, `StoreError` if it is broken."
+        "The model of `version`, or of the champion; `ForecastUnavailable` without one, `StoreError` if it is broken."
         series = Series.parse(series)
         if version is not None:
             return OnnxModel(self.store.load(series, version))
@@ -84,17 +84,14 @@ def why_not(frame: pd.DataFrame, window: int, series: Series, now: pd.Timestamp)
     as_of = frame["timestamp"].iloc[-1] + interval.delta
     if now - as_of > interval.delta + PATIENCE:
         age = age_text((now - as_of) / pd.Timedelta("1min"))
-        return (
-            "stale_data",
-            f"the newest closed candle of {pair} is {age} old (closed {minute_text(utc_iso(as_of))} UTC); fetch with `mkrich candles {as_arguments(series)}`",
-        )
+        rule = f"the newest closed candle of {pair} is {age} old (closed {minute_text(utc_iso(as_of))} UTC)"
+        return "stale_data", f"{rule}; fetch with `mkrich candles {as_arguments(series)}`"
     if gaps := find_gaps(frame.tail(GAP_ROWS).reset_index(drop=True), interval):
         gap: Gap = gaps[-1]
-        where = f"{gap.missing} candles of {pair} are missing from {minute_text(utc_iso(gap.start))} to {minute_text(utc_iso(gap.end + interval.delta))} UTC"
-        return (
-            "data_gap",
-            f"{where}; forecasts resume at {minute_text(utc_iso(gap.end + (GAP_ROWS + 1) * interval.delta))} UTC",
-        )
+        first, last = minute_text(utc_iso(gap.start)), minute_text(utc_iso(gap.end + interval.delta))
+        resume = minute_text(utc_iso(gap.end + (GAP_ROWS + 1) * interval.delta))
+        where = f"{gap.missing} candles of {pair} are missing from {first} to {last} UTC"
+        return "data_gap", f"{where}; forecasts resume at {resume} UTC"
     return "", ""
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #5cb0bd00
@@ -102,7 +99,7 @@ WIDTH_ROWS = 480
 
 
 def serving_width(model: OnnxModel, frame: pd.DataFrame, interval: Interval) -> float:
-    "Factor in [0.5, 2] for the distance of each quantile from the median, from the hours before the newest candle; the gate's rule."
+    "Factor in [0.5, 2] for each quantile's distance from the median, from the hours before; the gate's rule."
     rows = np.arange(max(model.window - 1, len(frame) - 1 - WIDTH_ROWS), len(frame))
     Q = graph_returns(model.predict, model.window, frame, rows, batch=32)
     return float(online_width(frame, rows, Q, interval)[-1])

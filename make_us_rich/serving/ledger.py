@@ -25,13 +25,14 @@ from .forecast import Forecast, format_price
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #cfe180ff
 def ledger_row(forecast: Forecast, base_quantiles: list[float] | None, issued_at: pd.Timestamp) -> dict[str, Any]:
-    "The columns of a forecast or abstention answered at `issued_at`; `base_quantiles` [21] are prices. `StoreError` if its hour is over."
+    "The columns of an answer given at `issued_at`; `base_quantiles` [21] are prices. `StoreError` if its hour is over."
     step, is_ok = Interval.parse(forecast.interval), forecast.status == "ok"
     opens = pd.Timestamp(forecast.target_open) if is_ok else step.floor(issued_at)
     closes = opens + step.delta
     if issued_at >= closes:
-        late = f"a forecast is on record before its hour ends, but that of {forecast.pair} for the hour to {utc_iso(closes)} came at {utc_iso(issued_at)}"
-        raise StoreError(f"{late}; forecast the running hour instead", "too_late")
+        found = f"that of {forecast.pair} for the hour to {utc_iso(closes)} came at {utc_iso(issued_at)}"
+        rule = f"a forecast is on record before its hour ends, but {found}"
+        raise StoreError(f"{rule}; forecast the running hour instead", "too_late")
     copied = ("pair", "interval", "status", "reason", "last_close", "width", "p_up", "source", "label", "run_id")
     return {name: getattr(forecast, name) for name in copied} | {
         "as_of": pd.Timestamp(forecast.as_of) if forecast.as_of else opens,
@@ -74,6 +75,7 @@ def as_forecast(row: ForecastRow, now: pd.Timestamp, reliability: str = "") -> F
     "The forecast of a row with status `ok`, as shown at `now`."
     prices, last = row.quantiles or [], row.last_close or math.nan
     low, high = (format_price(prices[i], last) for i in RANGES[80])
+    found = f"between {low} and {high} with 80 % probability, after {format_price(last)}"
     minutes = (now - row.as_of) / pd.Timedelta("1min")
     return Forecast(
         pair=row.pair,
@@ -82,7 +84,7 @@ def as_forecast(row: ForecastRow, now: pd.Timestamp, reliability: str = "") -> F
         as_of=utc_iso(row.as_of),
         target_open=utc_iso(row.target_open),
         target_close=utc_iso(row.target_close),
-        sentence=f"{row.pair} at {row.target_close:%H:%M} UTC: between {low} and {high} with 80 % probability, after {format_price(last)}",
+        sentence=f"{row.pair} at {row.target_close:%H:%M} UTC: {found}",
         last_close=last,
         median=prices[MEDIAN],
         quantiles=dict(zip(LEVELS, prices, strict=True)),
@@ -138,10 +140,10 @@ def settle_rows(
             values: dict[str, Any] = {"settled_at": now, "actual": None if actual is None else float(actual)}
             if actual is not None and row.status == "ok":
                 values |= score_row(row, float(actual))
-            change = (
-                update(ForecastRow).where(ForecastRow.id == row.id, ForecastRow.settled_at.is_(None)).values(**values)
-            )
-            done += s.execute(change.execution_options(synchronize_session=False)).rowcount  # type: ignore[attr-defined]
+            is_open = (ForecastRow.id == row.id, ForecastRow.settled_at.is_(None))
+            change = update(ForecastRow).where(*is_open).values(**values)
+            found = s.execute(change.execution_options(synchronize_session=False))
+            done += found.rowcount  # type: ignore[attr-defined]
     return done
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #96ce7060
@@ -155,7 +157,7 @@ def load_record(
     since: pd.Timestamp | None = None,
     version: str = "",
 ) -> pd.DataFrame:
-    "All rows of a pair (None: of every pair) in order of time: pair, target_open, model_version, status, settled, actual and the scores."
+    "All rows of a pair (None: of every pair) in order of time: what was forecast, how it ended, and the scores."
     names = ["pair", "target_open", "model_version", "status", "actual", *SCORES]
     query = select(
         *(getattr(ForecastRow, name) for name in names), ForecastRow.settled_at.is_not(None).label("settled")
@@ -178,7 +180,7 @@ BASE_ROWS = 745  # candles that the base needs for its 720 returns, with a day t
 
 
 def base_prices(frame: pd.DataFrame, step: Interval) -> list[float] | None:
-    "The base's quantiles [21], as prices, at the close of the last candle of `frame`; None if the history is too short."
+    "The base's quantiles [21], as prices, at the close of the last candle; None if the history is too short."
     try:
         Q = Base(step).quantiles(frame, np.array([len(frame) - 1]))[0]
     except CandleError:

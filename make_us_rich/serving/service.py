@@ -69,7 +69,7 @@ def make_parts(
 
 
 def find_series(parts: Parts) -> tuple[set[Series], str]:
-    "The series to serve, and what is wrong with the store: those with a model, and with a pooled model all whose candles are stored."
+    "The series with a model, with a pooled model all whose candles are stored; and what is wrong with the store."
     try:
         found, problem = parts.store.series(), ""
     except StoreError as e:
@@ -79,7 +79,8 @@ def find_series(parts: Parts) -> tuple[set[Series], str]:
 # %% ../../nbs/06_serving/10_service.ipynb #4adc677d
 def pair_status(parts: Parts, state: PairState) -> dict[str, Any]:
     "The health of one pair, as plain data."
-    model, forecast, now = state.model, state.answer.forecast if state.answer else None, parts.now
+    model, now = state.model, parts.now
+    forecast = state.answer.forecast if state.answer else None
     as_of = pd.Timestamp(forecast.as_of) if forecast and forecast.as_of else None
     return {
         "pair": str(state.pair),
@@ -125,7 +126,7 @@ class Service:
         self._stop, self._turn = threading.Event(), threading.Lock()
 
     def start(self) -> "Service":
-        "Set the clock, bring the tables up to date, load the champions, and make the first forecasts; trouble does not stop it."
+        "Set the clock, the tables, the champions, and make the first forecasts; trouble does not stop it."
         try:
             self.parts.market.set_clock()
         except MakeUsRichError as e:
@@ -137,10 +138,8 @@ class Service:
         "The ready answer; `ForecastUnavailable` for a pair that is not served."
         state = self.states.get(Series.parse(pair, interval))
         if state is None or (answer := state.answer) is None:
-            raise ForecastUnavailable(
-                f"no forecast of {Pair.parse(pair)} {interval} is served; train a model with `mkrich train {Pair.parse(pair)}`",
-                "no_model",
-            )
+            rule = f"no forecast of {Pair.parse(pair)} {interval} is served"
+            raise ForecastUnavailable(f"{rule}; train a model with `mkrich train {Pair.parse(pair)}`", "no_model")
         return answer
 
     def record_body(self, pair: str | Pair | None = None, interval: str | Interval = "1h") -> bytes:

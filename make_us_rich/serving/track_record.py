@@ -52,11 +52,13 @@ class Badge:
         return [check.sentence for check in self.checks]
 
     def _repr_markdown_(self) -> str:
+        "The rules as a table in a notebook."
         rows = [f"| {'✓' if c.passed else '✗'} | {c.rule} | {c.sentence} |" for c in self.checks]
         return "\n".join([f"**Badge: {self.colour}**", "", "| | rule | found |", "|---|---|---|", *rows])
 
 
 def share_text(value: float) -> str:
+    "A share for people, in per cent."
     return f"{value * 100:.1f} %"
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #ab9baa25
@@ -64,39 +66,32 @@ def skill_check(hours: pd.DataFrame) -> tuple[Check, bool]:
     "Whether the losses of `by_hour` show skill against the base, and whether it is proved that they do not."
     ratio, t = ratio_and_t(hours["crps"], hours["crps_base"])
     n = len(hours)
-    found = (
-        "No hour could be compared with the base"
-        if math.isnan(ratio)
-        else (
-            f"Over {n} hours the CRPS is {share_text(abs(ratio - 1))} {'below' if ratio < 1 else 'above'} the base's, t = {t:.2f}"
-        )
-    )
+    side = "below" if ratio < 1 else "above"
+    found = f"Over {n} hours the CRPS is {share_text(abs(ratio - 1))} {side} the base's, t = {t:.2f}"
+    if math.isnan(ratio):
+        found = "No hour could be compared with the base"
     broken = n >= ENOUGH and (t > LIMITS.t or (n >= WHOLE and t >= -LIMITS.t))
-    end = "hardly by chance" if t < -LIMITS.t else "the base is better" if t > LIMITS.t else "no proof of skill"
+    end = "hardly by chance" if t < -LIMITS.t else "no proof of skill"
+    end = "the base is better" if t > LIMITS.t else end
     return Check("skill", t < -LIMITS.t, t, f"DM t < -{LIMITS.t} against the base", f"{found}: {end}."), broken
 
 
 def coverage_check(inside: pd.Series, percent: int) -> tuple[Check, bool]:
     "Whether the range held what it promises, and whether it is proved that it does not."
-    (low, high), held = LIMITS.coverage[percent], share_of(inside)
+    low, high = LIMITS.coverage[percent]
+    held, name = share_of(inside), f"coverage_{percent}"
     rule = f"{share_text(low)} to {share_text(high)} inside the {percent} % range"
     if not held.n:
-        return Check(
-            f"coverage_{percent}", False, None, rule, f"No hour tells how much the {percent} % range holds."
-        ), False
+        return Check(name, False, None, rule, f"No hour tells how much the {percent} % range holds."), False
     passed = low <= held.share <= high
     chance = held.low <= percent / 100 <= held.high
-    end = (
-        ""
-        if passed
-        else "; that may be chance"
-        if chance
-        else f"; it is too {'narrow' if held.share < low else 'wide'}"
-    )
-    sentence = f"The {percent} % range held {share_text(held.share)} of {held.n} hours, {share_text(held.low)} to {share_text(held.high)} with its uncertainty{end}."
-    return Check(
-        f"coverage_{percent}", passed, held.share, rule, sentence
-    ), held.n >= ENOUGH and not passed and not chance
+    end = "; it is too narrow" if held.share < low else "; it is too wide"
+    if passed or chance:
+        end = "" if passed else "; that may be chance"
+    found = f"The {percent} % range held {share_text(held.share)} of {held.n} hours"
+    sentence = f"{found}, {share_text(held.low)} to {share_text(held.high)} with its uncertainty{end}."
+    broken = held.n >= ENOUGH and not passed and not chance
+    return Check(name, passed, held.share, rule, sentence), broken
 
 
 def share_of(flags: pd.Series) -> HitRate:
@@ -136,7 +131,9 @@ def judge_record(rows: pd.DataFrame, step: Interval, now: pd.Timestamp) -> Badge
         fresh_check(rows, step, now),
     ]
     broken = n >= ENOUGH and (no_skill or any(off for _, off in covers))
-    return Badge("green" if all(c.passed for c in checks) else "red" if broken else "grey", checks)
+    if all(c.passed for c in checks):
+        return Badge("green", checks)
+    return Badge("red" if broken else "grey", checks)
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #a10d873c
 def find_holes(rows: pd.DataFrame, step: Interval) -> list[dict[str, Any]]:
@@ -169,6 +166,7 @@ def rolling_skill(hours: pd.DataFrame, days: int = 7, points: int = 365) -> list
 
 
 def _ratio(a: float, b: float) -> float | None:
+    "a / b; None if there is nothing to divide by."
     return float(a / b) if b > 0 else None
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #83110196
@@ -209,6 +207,7 @@ class TrackRecord:
 
 
 def _plain(value: Any) -> Any:
+    "The value as JSON can hold it."
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -222,10 +221,8 @@ def add_up(rows: pd.DataFrame, name: str, step: Interval, now: pd.Timestamp, ver
     "The track record of the rows of `load_record`."
     issued = rows[rows["status"] == "ok"]
     scored, hours = issued[issued["crps"].notna()], by_hour(issued)
-    (crps_ratio, crps_t), (mae_ratio, mae_t) = (
-        ratio_and_t(hours["crps"], hours["crps_base"]),
-        ratio_and_t(hours["abs_error"], hours["abs_error_naive"]),
-    )
+    crps_ratio, crps_t = ratio_and_t(hours["crps"], hours["crps_base"])
+    mae_ratio, mae_t = ratio_and_t(hours["abs_error"], hours["abs_error_naive"])
     return TrackRecord(
         pair=name,
         interval=str(step),
@@ -254,11 +251,10 @@ def record_sentence(record: TrackRecord) -> str:
     if not record.n or record.crps_base is None:
         return "live record: none yet"
     gain = (1 - record.crps_base) * 100
-    than, hours = (
-        f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse",
-        f"{record.n} hour{'s' if record.n > 1 else ''}",
-    )
-    return f"live record ({record.badge.colour}): {hours}, ranges {than} than 'no change', the 80 % range held {share_text(record.coverage[80].share)}"
+    than = f"{gain:.1f} % better" if gain > 0 else f"{-gain:.1f} % worse"
+    hours = f"{record.n} hour{'s' if record.n > 1 else ''}"
+    held = share_text(record.coverage[80].share)
+    return f"live record ({record.badge.colour}): {hours}, ranges {than} than 'no change', the 80 % range held {held}"
 
 
 def record_rows(record: TrackRecord) -> dict[str, str]:
@@ -292,10 +288,12 @@ def record_rows(record: TrackRecord) -> dict[str, str]:
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #c0e883a3
 def _record_markdown(record: TrackRecord) -> str:
+    "The rows as a table in a notebook."
     return "\n".join(["| track record | |", "|---|---|", *(f"| {k} | {v} |" for k, v in record_rows(record).items())])
 
 
 def _record_table(record: TrackRecord) -> object:
+    "The rows as a table in a terminal."
     from rich.table import Table
 
     table = Table(show_header=False)

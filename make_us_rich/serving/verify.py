@@ -66,8 +66,8 @@ def difference(row: ForecastRow, model: OnnxModel, frame: pd.DataFrame) -> str:
         if row.actual is not None:
             scores = score_row(row, row.actual)
             pairs |= {name: (getattr(row, name), scores[name]) for name in SCORES}
-    worst = {name: off for name, (a, b) in pairs.items() if not (off := _off(a, b)) <= TOLERANCE}
-    return ", ".join(f"{name} by {off:.1e}" for name, off in worst.items())
+    found = {name: _off(a, b) for name, (a, b) in pairs.items()}
+    return ", ".join(f"{name} by {off:.1e}" for name, off in found.items() if not off <= TOLERANCE)
 
 
 TOLERANCE = 1e-9  # relative
@@ -83,12 +83,13 @@ class Verification:
     unknown: int
 
     def _repr_markdown_(self) -> str:
-        lost = (
-            f" {self.unknown} more cannot be recomputed: their versions are no longer stored." if self.unknown else ""
-        )
-        return f"**{self.pair} {self.interval}**: {self.checked} forecasts on record, recomputed from closed candles, agree to {TOLERANCE:g}.{lost}"
+        "The result in a sentence or two."
+        lost = f" {self.unknown} more cannot be recomputed: their versions are no longer stored."
+        found = f"{self.checked} forecasts on record, recomputed from closed candles, agree to {TOLERANCE:g}."
+        return f"**{self.pair} {self.interval}**: {found}{lost if self.unknown else ''}"
 
     def __rich__(self) -> object:
+        "The same for a terminal."
         from rich.markdown import Markdown
 
         return Markdown(self._repr_markdown_())
@@ -103,7 +104,8 @@ def verify_record(
     since: pd.Timestamp | None = None,
 ) -> Verification:
     "Recompute the forecasts on record; `StoreError` (reason `record_differs`) lists those that come out differently."
-    name, frame, step = str(Pair.parse(pair)), candles.read(Series.parse(pair, interval)), Interval.parse(interval)
+    name, step = str(Pair.parse(pair)), Interval.parse(interval)
+    frame = candles.read(Series.parse(pair, interval))
     query = select(ForecastRow).where(
         ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok"
     )
@@ -113,17 +115,15 @@ def verify_record(
     models: dict[str, OnnxModel | None] = {
         version: _stored(store, name, str(step), version) for version in {r.model_version for r in rows}
     }
-    found = {row: difference(row, model, frame) for row in rows if (model := models[row.model_version]) is not None}
+    served = [(row, models[row.model_version]) for row in rows]
+    found = {row: difference(row, model, frame) for row, model in served if model is not None}
     wrong = [f"{utc_iso(row.target_open)} ({row.model_version}): {text}" for row, text in found.items() if text]
     if wrong:
         more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        head = f"{len(wrong)} of {len(found)} forecasts of {name} {step} on record differ from what closed candles and the stored model give"
-        raise StoreError(
-            f"{head}; look for revised candles, then for another hand in the database:\n"
-            + "\n".join(wrong[:20])
-            + more,
-            "record_differs",
-        )
+        rule = "on record differ from what closed candles and the stored model give"
+        head = f"{len(wrong)} of {len(found)} forecasts of {name} {step} {rule}"
+        remedy = "look for revised candles, then for another hand in the database"
+        raise StoreError(f"{head}; {remedy}:\n" + "\n".join(wrong[:20]) + more, "record_differs")
     return Verification(name, str(step), len(found), len(rows) - len(found))
 
 
