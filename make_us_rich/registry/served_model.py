@@ -16,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the runtime must not talk to anybody
+
 import numpy as np
 import onnxruntime
 import pandas as pd
