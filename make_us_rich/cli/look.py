@@ -16,7 +16,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..core.settings import ForecastUnavailable, MakeUsRichError, Settings, SettingsError, get_settings, utc_iso
+from make_us_rich.core.settings import (
+    ForecastUnavailable,
+    MakeUsRichError,
+    Settings,
+    SettingsError,
+    get_settings,
+    utc_iso,
+)
 from make_us_rich.cli.output import (
     IntervalOption,
     OnePair,

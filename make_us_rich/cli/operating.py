@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 )
 def schedule(
     pairs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]"),
+        list[str] | None, typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]")
     ] = None,
     file: Annotated[
         Path | None,
@@ -114,7 +113,7 @@ def runs(
     "The run ledger: what ran, what became of it, and why."
     import pandas as pd
 
-    from make_us_rich.runs.ledger import follow_log, read_subject, run_card, runs_table
+    from make_us_rich.runs.ledger import follow_log, run_card, runs_table
 
     ledger = open_run_ledger(get_settings())
     if follow is not None:
