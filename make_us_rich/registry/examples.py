@@ -27,7 +27,7 @@ NODES = [
     ("Exp", "move", "factor", {}),
     ("Mul", "price factor", "quantiles", {}),
 ]
-SOUND_END = [("Identity", "width", "scale", {})]
+SOUND_END: list[tuple[str, str, str, dict[str, object]]] = [("Identity", "width", "scale", {})]
 BOMB_END = [
     ("ConstantOfShape", "size", "ones", {}),
     ("ReduceSum", "ones", "sum", {"keepdims": 0}),

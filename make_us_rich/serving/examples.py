@@ -6,6 +6,8 @@
 __all__ = ['HOUR', 'example_candles', 'sharp_and_blind', 'example_forecast', 'record_hours']
 
 # %% ../../nbs/06_serving/03a_examples.ipynb #37eabd0c
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from sqlalchemy.engine import Engine
@@ -40,8 +42,17 @@ def example_forecast(
     "A forecast as a model at the close of candle `row` would give it; Q [21] log returns."
     as_of, last = frame["timestamp"].iloc[row] + HOUR, float(frame["close"].iloc[row])
     prices = last * np.exp(Q)
-    times = {"as_of": utc_iso(as_of), "target_open": utc_iso(as_of), "target_close": utc_iso(as_of + HOUR)}
-    words = {"sentence": "", "source": "synthetic candles", "label": "synthetic candles", "run_id": "by-hand"}
+    times: dict[str, Any] = {
+        "as_of": utc_iso(as_of),
+        "target_open": utc_iso(as_of),
+        "target_close": utc_iso(as_of + HOUR),
+    }
+    words: dict[str, Any] = {
+        "sentence": "",
+        "source": "synthetic candles",
+        "label": "synthetic candles",
+        "run_id": "by-hand",
+    }
     return Forecast(
         pair=pair,
         interval="1h",
