@@ -35,7 +35,9 @@ from make_us_rich.schedule.plan import Plan, read_plan
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "notebooks" / "small_run.ipynb"
 PAIRS = ("BTC_USDT", "ETH_USDT")  # one for each host; every run of the engine costs many seconds of processor time
-LIST = "pretrain: false\npairs:\n" + "".join(f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS)
+LIST = "pretrain: false\npairs:\n" + "".join(
+    f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS
+)
 needs_prefect = pytest.mark.skipif(not (FLEET / "prefect").exists(), reason="needs .venv-prefect (make fleet)")
 
 
@@ -245,12 +247,24 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     except AssertionError as e:
         raise AssertionError(f"{e}\n{fleet.log()}") from e
     (fleet.folder / "pairs.yaml").write_text(LIST + "- {pair: XRP_USDT, recipe: default}\n")
-    deploy = ("deploy-schedule", "--file", str(fleet.folder / "pairs.yaml"), "--server", fleet.api, "--limit", "4", "--sweep", "20")
+    deploy = (
+        "deploy-schedule",
+        "--file",
+        str(fleet.folder / "pairs.yaml"),
+        "--server",
+        fleet.api,
+        "--limit",
+        "4",
+        "--sweep",
+        "20",
+    )
     first = command(fleet, *deploy)
     assert first.returncode == 0, first.stderr
     (fleet.folder / "pairs.yaml").write_text(LIST)
     done = command(fleet, *deploy)
-    assert done.stdout.count("deployed") == len(PAIRS) + 1 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout, done.stdout + done.stderr
+    assert (
+        done.stdout.count("deployed") == len(PAIRS) + 1 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout
+    ), done.stdout + done.stderr
     deployed = fleet.ask("deployments/filter")
     assert {d["name"] for d in deployed} == {f"{pair}.1h.default" for pair in PAIRS} | {"sweep"}
     assert {s["schedule"]["interval"] for d in deployed for s in d["schedules"]} == {3600.0, 20.0}
