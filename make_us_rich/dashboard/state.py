@@ -53,7 +53,7 @@ class PageState:
         return series_name(self.series)
 
     def path(self, what: str, more: str = "", **values: int | str) -> str:
-        "Where the API tells about the chosen series: `/v1/WHAT/PAIR/MORE`, with its interval where that is not the hour."
+        "Where the API tells about the chosen series: `/v1/WHAT/PAIR/MORE`, with its interval off the hour."
         if self.interval != "1h":
             values = dict(interval=self.interval, **values)
         query = "&".join(f"{name}={value}" for name, value in values.items())

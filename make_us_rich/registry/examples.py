@@ -18,7 +18,7 @@ from .manifest import DataSpan, Golden, Manifest
 from .store import ModelStore
 
 # %% ../../nbs/05_registry/04a_examples.ipynb #f7c58271
-NODES: list[tuple[str, str, str, dict[str, int]]] = [
+NODES = [
     ("Gather", "candles last", "row", {"axis": 1}),
     ("Gather", "row close", "close3", {"axis": 2}),
     ("Squeeze", "close3 one", "price", {}),  # [batch, 1]
@@ -27,14 +27,13 @@ NODES: list[tuple[str, str, str, dict[str, int]]] = [
     ("Exp", "move", "factor", {}),
     ("Mul", "price factor", "quantiles", {}),
 ]
-SOUND_END: list[tuple[str, str, str, dict[str, int]]] = [("Identity", "width", "scale", {})]
-BOMB_END: list[tuple[str, str, str, dict[str, int]]] = [
+SOUND_END: list[tuple[str, str, str, dict[str, object]]] = [("Identity", "width", "scale", {})]
+BOMB_END = [
     ("ConstantOfShape", "size", "ones", {}),
     ("ReduceSum", "ones", "sum", {"keepdims": 0}),
     ("Cast", "sum", "wider", {"to": 11}),  # 11: float64
     ("Add", "width wider", "scale", {}),
 ]
-
 
 # %% ../../nbs/05_registry/04a_examples.ipynb #cb551867
 def hand_made_graph(spread: float = 0.004, window: int = 24, bomb: int = 0) -> bytes:
@@ -61,7 +60,6 @@ def hand_made_graph(spread: float = 0.004, window: int = 24, bomb: int = 0) -> b
     graph = helper.make_graph(nodes, "by_hand", inputs, outputs, tensors)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     return bytes(made.SerializeToString())
-
 
 # %% ../../nbs/05_registry/04a_examples.ipynb #da6b0ae8
 def example_manifest(

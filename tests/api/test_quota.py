@@ -31,7 +31,7 @@ from make_us_rich.core.tables import Audit, Usage, User
 NOVEMBER = pd.Timestamp("2026-11-30T23:59:59.9Z")
 DECEMBER = pd.Timestamp("2026-12-01T00:00:00Z")
 LOADS = multiprocessing.get_context("forkserver")
-LOADS.set_forkserver_preload(["make_us_rich.core.database", "make_us_rich.api.accounts", "alembic.command", "psycopg", "pytest"])
+LOADS.set_forkserver_preload([connect.__module__, add_user.__module__, "alembic.command", "psycopg", "pytest"])
 PROCESSES, THREADS, CALLS = 2, 16, 100  # 3,200 calls
 
 
