@@ -5,10 +5,13 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from make_us_rich.evaluation.gate import LIMITS
+from make_us_rich.evaluation.gate import LIMITS, gate
 from make_us_rich.evaluation.walk import code_version
+from make_us_rich.market.candles import fake_candles
+from make_us_rich.models.baselines import Base
 
 LIBRARY = Path(str(files("make_us_rich")))
 HOME = {"t": "evaluation/scores.py", "hours": "models/baselines.py"}
@@ -60,3 +63,15 @@ def test_kept_forecasts_belong_to_the_code_that_made_them(tmp_path):
     (copy / "market" / "candles.py").unlink()
     with pytest.raises(FileNotFoundError):
         code_version.__wrapped__(copy)
+
+
+def test_the_base_itself_but_for_rounding_proves_nothing():
+    "Once it passed: differences of 1e-17 lean to one side, and a t test of them says -2."
+    frame = fake_candles(3000, seed=5)
+    rows = np.arange(2000, 2999)
+    base = Base().quantiles(frame, rows)
+    copy = np.log(np.exp(base) * 7.3 / 7.3)
+    assert np.abs(copy - base).max() > 0
+    for Q in (copy, base * (1 + 1e-13)):
+        check = next(check for check in gate(frame, rows, Q).checks if check.name == "beats_base")
+        assert (check.passed, check.value) == (False, 0.0)
