@@ -199,6 +199,6 @@ def try_conditions(objects: Objects) -> None:
         obs.delete(objects.store, key)
     if len(refused) < 2:
         raise StoreError(
-            f"{objects.url} ignores conditional writes, so of two publishers one could be lost; use another server"
+            f"{objects.url} ignores conditional writes, so two publishers could overwrite each other; use another server"
         )
     objects._tried = True

@@ -16,7 +16,7 @@ from waiting import LONG, wait_for
 
 from make_us_rich.cli.main import app
 from make_us_rich.core.settings import CandleError, SettingsError, TrainingError
-from make_us_rich.evaluation import walk as module
+from make_us_rich.evaluation import backtest as module
 from make_us_rich.evaluation.backtest import backtest, findings, plot_pit, sign_value, skill_table
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.leaktest import leaktest
