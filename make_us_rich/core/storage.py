@@ -198,7 +198,6 @@ def try_conditions(objects: Objects) -> None:
                 refused.append(mode)
         obs.delete(objects.store, key)
     if len(refused) < 2:
-        raise StoreError(
-            f"{objects.url} ignores conditional writes, so two publishers could overwrite each other; use another server"
-        )
+        rule = f"{objects.url} ignores conditional writes, so two publishers could overwrite each other"
+        raise StoreError(f"{rule}; use another server")
     objects._tried = True

@@ -35,7 +35,6 @@ def sharp_and_blind(frame: pd.DataFrame, rows: np.ndarray) -> dict[str, np.ndarr
     sharp = volatility[rows, None] * shape
     return {"BTC_USDT": sharp + 1e-6, "ETH_USDT": 5 * sharp + 1e-6}
 
-
 # %% ../../nbs/06_serving/03a_examples.ipynb #c5957d70
 def example_forecast(
     frame: pd.DataFrame, row: int, Q: np.ndarray, pair: str = "BTC_USDT", version: str = "20250101T000000Z-0123456789ab"
