@@ -16,7 +16,7 @@ import pytest
 from servers import _die_with_parent, free_port
 from waiting import LONG, wait_for
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLEET = ROOT / ".venv-prefect" / "bin"  # `make fleet` makes it, with the server in it
 PARTS = (
     "master.port",

@@ -30,9 +30,9 @@ from make_us_rich.runs.train import close_lost, plan_run
 from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "notebooks" / "small_run.ipynb"
-PAIRS = ("ADA_USDT", "BTC_USDT", "ETH_USDT", "SOL_USDT")
+PAIRS = ("BTC_USDT", "ETH_USDT")  # one for each host; every run of the engine costs many seconds of processor time
 LIST = "pretrain: false\npairs:\n" + "".join(
     f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS
 )
@@ -254,18 +254,18 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         "--limit",
         "4",
         "--sweep",
-        "5",
+        "20",
     )
     first = command(fleet, *deploy)
     assert first.returncode == 0, first.stderr
     (fleet.folder / "pairs.yaml").write_text(LIST)
     done = command(fleet, *deploy)
-    assert done.stdout.count("deployed") == 5 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert (
+        done.stdout.count("deployed") == len(PAIRS) + 1 and "removed mkrich-train/XRP_USDT.1h.default" in done.stdout
+    ), done.stdout + done.stderr
     deployed = fleet.ask("deployments/filter")
     assert {d["name"] for d in deployed} == {f"{pair}.1h.default" for pair in PAIRS} | {"sweep"}
-    assert {s["schedule"]["interval"] for d in deployed for s in d["schedules"]} == {3600.0, 5.0}
+    assert {s["schedule"]["interval"] for d in deployed for s in d["schedules"]} == {3600.0, 20.0}
 
     fleet.hold.touch()
     for name in ("host-a", "host-b"):

@@ -25,7 +25,7 @@ from make_us_rich.runs.train import run_pretraining, run_recorded
 from make_us_rich.schedule.plan import Plan, PlanFile, read_plan
 from make_us_rich.schedule.schedule import Options, Schedule, look_around, run_once, start, stop
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "tests" / "notebooks" / "small_run.ipynb"
 BY_HAND = 86_400  # seconds between two looks around that nobody takes by hand
 STAND_IN = """
