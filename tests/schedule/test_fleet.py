@@ -273,11 +273,13 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     settings = get_settings(database_url=fleet.environment["MUR_DATABASE_URL"])
     ledger = RunLedger(connect(settings.db_url))
     try:
-        running = lambda: [
-            r
-            for r in ledger.rows(state="running")
-            if (fleet.folder / r.host.partition("/")[0] / "runs" / r.pair / "running.json").exists()
-        ]
+
+        def running():
+            started = [
+                (r, fleet.folder / r.host.partition("/")[0] / "runs" / r.pair) for r in ledger.rows(state="running")
+            ]
+            return [r for r, runs in started if (runs / "running.json").exists()]
+
         victim = fleet.wait_for(running, "a run in its notebook")[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
