@@ -169,7 +169,7 @@ QUIET = {
 
 def find_prefect(folder: Path | None = None) -> Path:
     "The Python of Prefect's environment; `SettingsError` with the remedy if there is none."
-    for place in [folder] if folder else [Path.cwd() / ".venv-prefect", ENGINE.parents[1] / ".venv-prefect"]:
+    for place in [folder] if folder else [Path.cwd() / ".venv-prefect", ENGINE.parents[2] / ".venv-prefect"]:
         if (place / "bin" / "prefect").exists():
             return place.absolute() / "bin" / "python"
     make = "make one with `make fleet`, or name it with --prefect; docs/fleet.md says how without a clone"
