@@ -61,7 +61,6 @@ check: $(VENV)/.dev  ## The quick gates: ruff, mypy, notebooks clean, library in
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check.py
-	$(BIN)/lint-imports --no-cache --no-logo
 
 notebooks: $(VENV)/.dev  ## Run every notebook top to bottom
 	$(BIN)/python -m pytest tests/test_notebooks.py --durations=10

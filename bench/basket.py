@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from peers import COLUMNS, HOURS, LEAST, STABLE, forecast, markdown
 
-from make_us_rich import features, model, pooled, training
 from make_us_rich.evaluation.calibration import online_width, widen
 from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
 from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.models import features, network, pooled, training
 from make_us_rich.models.baselines import MEDIAN, RANGES
 from make_us_rich.models.network import forecast_returns
 from make_us_rich.models.pooled import Pooled, finetune, first_test_candle, pretrain
@@ -85,7 +85,7 @@ def grouped(starts: dict[str, pd.Timestamp]) -> list[list[str]]:
 
 def default_folder(fold: int) -> Path:
     "A temporary folder that belongs to this state of the code and the recipes."
-    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (features, model, training, pooled))
+    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (features, network, training, pooled))
     code += "".join(load_recipe(name).hash for name in ("default", "pooled", "finetune")).encode()
     return Path(tempfile.gettempdir()) / f"bench-basket-{hashlib.sha256(code).hexdigest()[:8]}" / f"fold{fold}"
 

@@ -96,7 +96,7 @@ def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
         ),
         model,
     )
-    return OnnxModel(store.load("BTC_USDT", "1h", version))
+    return OnnxModel(store.load("BTC_USDT", version))
 
 
 def forecast_times(frame: pd.DataFrame, model: bytes, rounds: int, calls: int = 500) -> tuple[np.ndarray, np.ndarray]:

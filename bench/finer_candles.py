@@ -19,7 +19,7 @@ from peers import HOURS
 from make_us_rich.evaluation.scores import crps, dm_test
 from make_us_rich.market.candles import next_returns, scorable_rows
 from make_us_rich.market.series import Interval
-from make_us_rich.models import har as evaluation
+from make_us_rich.models import har
 from make_us_rich.models.baselines import Base
 from make_us_rich.models.har import HarT
 
@@ -45,9 +45,9 @@ def coarse(hourly: pd.DataFrame, hours: int) -> pd.DataFrame:
 
 
 def realised(frame: pd.DataFrame, returns: np.ndarray, taps: int | None = None) -> np.ndarray:
-    "In the place of `evaluation.candle_variance`: the finer candles' variance, one wild print tamed in the same way."
+    "In the place of `har.candle_variance`: the finer candles' variance, one wild print tamed in the same way."
     variance = frame["fine"].to_numpy()
-    before = np.append(np.inf, evaluation.decayed_mean(variance, 240, taps)[:-1])
+    before = np.append(np.inf, har.decayed_mean(variance, 240, taps)[:-1])
     return np.minimum(variance, 100 * before + 1e-10)
 
 
@@ -58,7 +58,7 @@ def compare(hourly: pd.DataFrame, hours: int) -> tuple[int, float, float, float]
     rows = scorable_rows(frame, np.arange(start, len(frame) - 1), step, window=240)
     y = next_returns(frame, rows, step)
     plain = crps(y, HarT(step).fit(frame, start).quantiles(frame, rows))
-    with patch.object(evaluation, "_variance", realised):
+    with patch.object(har, "candle_variance", realised):
         finer = crps(y, HarT(step).fit(frame, start).quantiles(frame, rows))
     base = crps(y, Base(step).quantiles(frame, rows)).mean()
     return len(rows), plain.mean() / base, finer.mean() / base, dm_test(finer - plain)[0]

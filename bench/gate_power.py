@@ -19,12 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from make_us_rich import evaluation, features, model, training
+from make_us_rich.evaluation import gate as gate_page
+from make_us_rich.evaluation import scores
 from make_us_rich.evaluation.calibration import widen
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.peers import peer_features
 from make_us_rich.evaluation.scores import crps
 from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.models import features, training
+from make_us_rich.models import har as har_page
+from make_us_rich.models import network as network_page
 from make_us_rich.models.baselines import LEVELS, MEDIAN, Base
 from make_us_rich.models.har import HarT
 from make_us_rich.models.network import forecast_returns
@@ -47,7 +51,10 @@ def segments(path: Path, count: int) -> list[pd.DataFrame]:
 
 def folder_of_code() -> Path:
     "A temporary folder that belongs to this state of the models."
-    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (evaluation, features, model, training))
+    code = b"".join(
+        Path(module.__file__ or "").read_bytes()
+        for module in (gate_page, scores, har_page, features, network_page, training)
+    )
     return Path(tempfile.gettempdir()) / f"bench-gate-{hashlib.sha256(code).hexdigest()[:8]}"
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from make_us_rich import evaluation, peers
+from make_us_rich.evaluation import peers, scores
 from make_us_rich.evaluation.peers import PEERS, make_peer
 from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
 from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.models import har
 from make_us_rich.models.baselines import LEVELS, MEDIAN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def last_year(path: Path) -> pd.DataFrame | None:
 
 def default_folder() -> Path:
     "A temporary folder that belongs to this state of the code."
-    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (peers, evaluation))
+    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (peers, scores, har))
     return Path(tempfile.gettempdir()) / f"bench-peers-{hashlib.sha256(code).hexdigest()[:8]}"
 
 

@@ -95,7 +95,7 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
         golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
         run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
     )
-    store.promote(pair, "1h", store.publish(manifest, model))
+    store.promote(pair, store.publish(manifest, model))
     return time.process_time() - begun
 
 

@@ -109,7 +109,7 @@ def publish(parameters, promote):
     from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
     from make_us_rich.registry.store import ModelStore
 
-    frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], "1h", rows=24)
+    frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
     first, last = frame["timestamp"].iloc[[0, -1]]
     span = DataSpan(source="sim", label="synthetic", first=first, last=last, rows=24, gaps=0, content_hash="")
@@ -135,7 +135,7 @@ def publish(parameters, promote):
     models = ModelStore(parameters["models_url"])
     version = models.publish(draft, b"noise " + os.urandom(16))
     if promote:
-        models.promote(parameters["pair"], "1h", version)
+        models.promote(parameters["pair"], version)
     return version
 
 
@@ -355,7 +355,7 @@ class Simulation:
 
         models = ModelStore(self.settings.store_url)
         models.clean(keep=24, grace="0s")
-        left = [f"{pair} {i.version}" for pair in self.pairs for i in models.versions(pair, "1h") if i.problem]
+        left = [f"{pair} {i.version}" for pair in self.pairs for i in models.versions(pair) if i.problem]
         self.problems += [f"{name} was not cleaned" for name in left]
 
     def look_at_store(self):
@@ -368,7 +368,7 @@ class Simulation:
 
         models, rows = ModelStore(self.settings.store_url), self.rows()
         for pair in self.pairs:
-            infos = models.versions(pair, "1h")
+            infos = models.versions(pair)
             unfinished = {i.version for i in infos if i.problem.startswith("not finished")}
             self.leftovers |= unfinished
             self.problems += [
@@ -384,7 +384,7 @@ class Simulation:
             unknown = [i.version for i in infos if i.version not in named]
             self.problems += [f"{pair} {version} is in the store, the ledger does not know it" for version in unknown]
             newest = max(published.values(), key=lambda r: r.cutoff, default=None)
-            champion = models.champion(pair, "1h")
+            champion = models.champion(pair)
             if newest is not None and (champion is None or champion.version != newest.version):
                 self.problems.append(
                     f"{pair}: the champion is {champion and champion.version}, the newest published is {newest.version}"

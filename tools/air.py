@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = "make_us_rich"
 WIDTH, MOST_PARAMETERS, MOST_LINES = 120, 8, 400
+SIZES = ("modules", "lines", "AST nodes", "AST nodes a line", "private functions", "of them with a docstring")
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -88,6 +89,7 @@ def figures(root: Path = ROOT) -> dict[str, float]:
     return {
         "modules": len(modules(root)),
         "lines": total,
+        "AST nodes": nodes,
         "AST nodes a line": round(nodes / lines, 2),
         "private functions": private,
         "of them with a docstring": told,

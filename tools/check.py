@@ -12,11 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+import air
+
+from make_us_rich.core.secrets import canaries
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LIBRARY = "make_us_rich"
-# what only an executed or private notebook holds
-CANARIES = re.compile(r"injected-parameters|papermill|(?:/home|/root|/Users)/\w+|\bmur_[A-Za-z0-9_-]{30,}|-----BEGIN")
+CEILING: dict[str, int] = {}
 
 
 def notebooks() -> list[Path]:
@@ -61,7 +65,7 @@ def not_clean() -> list[str]:
         copy = scratch(Path(folder))
         nbdev("nbdev_clean", copy)
         dirty = [p.name for p in notebooks() if p.read_text() != (copy / p.relative_to(ROOT)).read_text()]
-    leaks = [f"{p.name}: holds {found[0]!r}" for p in notebooks() if (found := CANARIES.search("\n".join(_visible(p))))]
+    leaks = [f"{p.name}: holds {each!r}" for p in notebooks() for each in canaries("\n".join(_visible(p)))]
     counts = [p.name for p in notebooks() if '"execution_count": null' not in p.read_text() and cells(p)]
     return [f"{name}: not clean; run make export" for name in dirty + counts] + [f"{leak}; remove it" for leak in leaks]
 
@@ -107,6 +111,34 @@ def imported(code: str) -> set[str]:
     return names
 
 
+def too_dense() -> list[str]:
+    "What tools/air.py finds: a rule has no exceptions but those counted in CEILING, which only falls."
+    found = {rule: n for rule, n in air.figures(ROOT).items() if rule not in air.SIZES}
+    over = [
+        f"{found.get(rule, 0)} places are against the rule '{rule}', {CEILING.get(rule, 0)} are allowed; tools/air.py names them"
+        for rule in sorted(found)
+        if found.get(rule, 0) > CEILING.get(rule, 0)
+    ]
+    return over + [
+        f"the rule '{rule}' has {found.get(rule, 0)} exceptions left: lower its ceiling"
+        for rule, most in CEILING.items()
+        if found.get(rule, 0) < most
+    ]
+
+
+def broken_walls() -> list[str]:
+    "What import-linter says about the contracts of .importlinter."
+    done = subprocess.run([BIN / "lint-imports", "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    return (
+        re.findall(r"^.+ (?:BROKEN|not configured.*)$|^- .+$|^ *-   .+$", done.stdout, re.M) if done.returncode else []
+    )
+
+
+def stale_house() -> list[str]:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "house.py", "--check"], capture_output=True, text=True)
+    return [done.stderr.strip()] if done.returncode else []
+
+
 def unsound_runs() -> list[str]:
     found = []
     for p in notebooks():
@@ -145,8 +177,11 @@ GATES = {
     "notebooks are clean": not_clean,
     "the library is what they export": not_in_step,
     "imports point down": upward_imports,
+    "walls stand": broken_walls,
+    "cells can be read": too_dense,
     "run notebooks are sound": unsound_runs,
     "README.md is in step": stale_readme,
+    "docs/house.md is in step": stale_house,
     "pins agree": uneven_pins,
 }
 

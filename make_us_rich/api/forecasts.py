@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.settings import MakeUsRichError, utc_iso
 from ..core.tables import ForecastRow
+from ..market.series import Series
 from ..models.baselines import LEVELS
 from ..serving.forecast import Forecast
 from ..serving.refresh import LONG_AGO, PairState
@@ -101,14 +102,14 @@ class Candles(BaseModel):
 
 def _candles_of(api: Api, pair: str, rows: int) -> dict[str, Any]:
     ready_answer_of(api, pair)  # only what is served
-    frame = api.service.parts.candles.read(pair, INTERVAL, rows=rows)
+    frame = api.service.parts.candles.read(Series.parse(pair, INTERVAL), rows=rows)
     texts = frame.assign(
         **{
             name: frame[name].dt.strftime("%Y-%m-%dT%H:%M:%S.%fZ").str.replace(r"000Z$", "Z", regex=True)
             for name in ("timestamp", "close_time")
         }
     )
-    source = api.service.parts.candles.info(pair, INTERVAL).source
+    source = api.service.parts.candles.info(Series.parse(pair, INTERVAL)).source
     return {
         "pair": pair,
         "interval": INTERVAL,
@@ -276,7 +277,7 @@ class Overview(BaseModel):
 
 def _line(api: Api, pair: str, state: PairState) -> dict[str, Any]:
     try:
-        closes = api.service.parts.candles.read(pair, INTERVAL, rows=24)["close"].tolist()
+        closes = api.service.parts.candles.read(Series.parse(pair, INTERVAL), rows=24)["close"].tolist()
     except MakeUsRichError:
         closes = []
     version = state.model.manifest.version if state.model else ""

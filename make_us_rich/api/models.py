@@ -12,6 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.database import session
+from ..market.series import Series
 from ..registry.versions import VersionInfo
 from ..serving.refresh import PairState
 from .refusals import Refusal
@@ -77,7 +78,7 @@ def _models_of(request: Request, pair: PairText) -> Versions:
     return Versions(
         pair=pair,
         interval=INTERVAL,
-        versions=[_version(info) for info in api.service.parts.store.versions(pair, INTERVAL)],
+        versions=[_version(info) for info in api.service.parts.store.versions(Series.parse(pair, INTERVAL))],
     )
 
 
@@ -116,12 +117,14 @@ class RolledBack(BaseModel):
 def _rollback(request: Request, pair: PairText, body: RollbackBody) -> RolledBack:
     "The version that it leaves answers no more: this hour is forecast again."
     api, caller = api_of(request), request.scope["caller"]
-    usable = [info.version for info in api.service.parts.store.versions(pair, INTERVAL) if info.manifest]
+    usable = [info.version for info in api.service.parts.store.versions(Series.parse(pair, INTERVAL)) if info.manifest]
     if pair not in api.states or (body.version and body.version not in usable):
         raise Refusal(
             404, "unknown_version", f"{pair} has no such usable version; GET /v1/models/{pair} lists those there are"
         )
-    version = api.service.parts.store.rollback(pair, INTERVAL, body.version, f"{caller.name}: {body.reason}")
+    version = api.service.parts.store.rollback(
+        Series.parse(pair, INTERVAL), body.version, f"{caller.name}: {body.reason}"
+    )
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", pair, f"{version} {body.reason}")
     api.service.update_models()

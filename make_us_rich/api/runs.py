@@ -19,6 +19,7 @@ from ..core.secrets import scrub
 from ..core.settings import utc_iso
 from ..core.tables import RunRow
 from ..core.database import session
+from ..market.series import Series
 from .refusals import Refusal
 from .routing import Api, api_of, guard, json_answer, router
 
@@ -119,7 +120,7 @@ def _run_page(request: Request, run_id: RunText) -> Response:
             "not_allowed",
             f"this run is {row.state}, and the pages of such runs are for admins; ask whoever runs this service",
         )
-    page = api.service.parts.store.page(row.pair, row.interval, row.version) if row.version else None
+    page = api.service.parts.store.page(Series.parse(row.pair, row.interval), row.version) if row.version else None
     beside = FilePath(row.notebook or "none").with_suffix(".html")
     if page is None and row.notebook and beside.is_file():
         page = beside.read_bytes()

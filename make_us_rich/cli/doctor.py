@@ -154,8 +154,8 @@ def _models(settings: Settings) -> Finding:
     from make_us_rich.registry.store import ModelStore
 
     store = ModelStore(settings.store_url)
-    damaged = [i.version for p, interval in store.pairs() for i in store.versions(p, interval) if i.problem]
-    text = f"{settings.store_url}, {len(list(store.pairs()))} pairs"
+    damaged = [i.version for series in store.series() for i in store.versions(series) if i.problem]
+    text = f"{settings.store_url}, {len(store.series())} pairs"
     return Finding(
         "models",
         "warn" if damaged else "ok",

@@ -32,6 +32,7 @@ from make_us_rich.cli.output import (
 from .train import train_and_tell
 
 if TYPE_CHECKING:
+    from make_us_rich.market.series import Series
     from make_us_rich.registry.store import ModelStore
     from make_us_rich.serving.forecast import Forecast
 
@@ -89,7 +90,7 @@ def forecast(
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.serving.forecasting import ModelLoader, forecast_pair
     from make_us_rich.registry.store import ModelStore
-    from make_us_rich.registry.store import served_pairs
+    from make_us_rich.registry.store import served_series
 
     settings = get_settings()
     wanted = [Pair.parse(p) for p in pairs or []]
@@ -98,7 +99,8 @@ def forecast(
         CandleStore(settings.candles_dir),
         BinanceClient(settings.exchange_url),
     )
-    names = wanted or [Pair.parse(p) for p, i in served_pairs(models.pairs(), settings.candles_dir) if i == interval]
+    found = served_series(models.series(), settings.candles_dir)
+    names = wanted or [series.pair for series in found if str(series.interval) == interval]
     if not names:
         raise ForecastUnavailable(
             "no model is published yet; train one with `mkrich train BTC_USDT`, or look at `mkrich demo`", "no_model"
@@ -139,7 +141,7 @@ def models(pair: Annotated[str | None, typer.Argument(help="A pair; without: all
     from make_us_rich.registry.store import ModelStore
 
     store = ModelStore(get_settings().store_url)
-    chosen = [(p, i) for p, i in store.pairs() if pair is None or str(p) == str(Pair.parse(pair))]
+    chosen = [series for series in store.series() if pair is None or series.pair == Pair.parse(pair)]
     if not chosen:
         raise ForecastUnavailable(
             f"no model of {Pair.parse(pair)} is published yet; train one with `mkrich train {Pair.parse(pair)}`"
@@ -147,13 +149,13 @@ def models(pair: Annotated[str | None, typer.Argument(help="A pair; without: all
             else "no model is published yet; train one with `mkrich train BTC_USDT`",
             "no_model",
         )
-    for name, interval in chosen:
-        new_console().print(_models_table(store, str(name), str(interval)), "")
+    for series in chosen:
+        new_console().print(_models_table(store, series), "")
 
 
-def _models_table(store: "ModelStore", pair: str, interval: str) -> Table:
+def _models_table(store: "ModelStore", series: "Series") -> Table:
     table = Table(
-        title=f"{pair} {interval}",
+        title=f"{series.pair} {series.interval}",
         title_justify="left",
         title_style="bold",
         box=None,
@@ -162,7 +164,7 @@ def _models_table(store: "ModelStore", pair: str, interval: str) -> Table:
     )
     for name in ("", "version", "recipe", "CRPS / base", "80 % held", "verdict"):
         table.add_column(name, justify="right" if name in ("CRPS / base", "80 % held") else "left", overflow="fold")
-    for info in store.versions(pair, interval):
+    for info in store.versions(series):
         mark, m = "champion" if info.champion else "", info.manifest
         if m is None or info.problem:
             table.add_row(mark, info.version, "", "", "", f"[red]damaged: {escape(info.problem)}[/]")
@@ -188,11 +190,12 @@ def rollback(
     interval: IntervalOption = "1h",
 ) -> None:
     "Make an earlier version the champion again."
-    from make_us_rich.market.series import Pair
+    from make_us_rich.market.series import Series
     from make_us_rich.registry.store import ModelStore
 
-    version = ModelStore(get_settings().store_url).rollback(str(Pair.parse(pair)), interval, to)
-    new_console().print(f"[bold]{Pair.parse(pair)}[/] is served by {version}")
+    series = Series.parse(pair, interval)
+    version = ModelStore(get_settings().store_url).rollback(series, to)
+    new_console().print(f"[bold]{series.name}[/] is served by {version}")
 
 # %% ../../nbs/11_cli/03_look.ipynb #9c879cc7
 @app.command(epilog="Examples: [bold]mkrich candles BTC_USDT[/] | [bold]mkrich candles ETH_USDT --history-days 30[/]")
@@ -205,7 +208,7 @@ def candles(
     import pandas as pd
 
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.series import Interval, Pair
+    from make_us_rich.market.series import Interval, Pair, Series
     from make_us_rich.market.exchange import BinanceClient
 
     settings, step = get_settings(history_days=history_days), Interval.parse(interval)
@@ -216,12 +219,11 @@ def candles(
             with show_progress(str(pair)) as show:
                 store.update(
                     client,
-                    pair,
-                    step,
+                    Series(pair, step),
                     rows=rows,
                     progress=lambda done, of, show=show: show(f"{done:,} of {of:,} candles"),  # type: ignore[misc]
                 )
-            new_console().print(store.info(pair, step), "")
+            new_console().print(store.info(Series(pair, step)), "")
             codes.append(0)
         except MakeUsRichError as e:
             say(f"mkrich: {e}")

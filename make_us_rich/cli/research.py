@@ -214,6 +214,7 @@ def gate(
 ) -> None:
     "Judge a stored version again on the newest hours that it has not learned from. Exit code 4 if it does not pass."
     from make_us_rich.market.candle_store import CandleStore
+    from make_us_rich.market.series import Series
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.registry.store import ModelReader
     from make_us_rich.registry.rejudge import regate
@@ -225,12 +226,13 @@ def gate(
         BinanceClient(settings.exchange_url),
     )
     try:
-        if version or store.champion(pair, interval):  # without a model there is nothing to fetch candles for
-            candles.update(client, pair, interval)
+        series = Series.parse(pair, interval)
+        if version or store.champion(series):  # without a model there is nothing to fetch candles for
+            candles.update(client, series)
             now = client.now()
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")
-    judged = regate(store, candles, pair, interval, version, now)
+    judged = regate(store, candles, Series.parse(pair, interval), version, now)
     new_console().print(
         _verdict_table(judged.verdict),
         "",

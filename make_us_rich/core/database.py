@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 # %% ../../nbs/01_core/06_database.ipynb #c405ab0f
 TROUBLES = {
     "locked": "is locked by another program; let that one finish or stop it, then try again",
-    "read_only": "can be read but not written; let the user who runs this program write to it, or set MUR_DATABASE_URL to another one",
+    "read_only": "can be read but not written; let this program write to it, or set MUR_DATABASE_URL to another",
     "damaged": "is damaged or is not a database; put it aside and bring back its last backup",
     "full": "has no room left on its disk; free some, then try again",
     "unreachable": "cannot be reached; check that it is there and runs, or set MUR_DATABASE_URL to another one",
     "refused": "refuses this user, password or name; check MUR_DATABASE_URL",
     "busy": "has no free connection; try again in a moment, or allow it more of them",
-    "outdated": "has not got the tables that this program needs; run migrate(engine), which mkrich serve does when it starts",
+    "outdated": "has not got the tables that this program needs; start `mkrich serve`, or run migrate(engine)",
     "conflict": "holds a row that excludes this one; look at what is there first",
     "unfit": "cannot hold such a value; whole numbers have 64 bits at most, and texts are Unicode without NUL",
 }
@@ -96,6 +96,7 @@ def _reason(error: Any) -> str:
 
 # %% ../../nbs/01_core/06_database.ipynb #c60d77c1
 def _place(url: URL) -> str:
+    "Where a database is, for a sentence."
     if url.get_backend_name() == "sqlite":
         return f"the database {url.database}"
     return f"the database {url.database} on {url.host or 'this machine'}:{url.port or 5432}"
@@ -125,6 +126,7 @@ FORMS = "write sqlite:///path/to/file or postgresql://user:password@host:port/na
 
 
 def _read_url(url: str) -> URL:
+    "A URL of a driver that we have; `SettingsError` for another one."
     try:
         read = make_url(url)
         backend = {"postgres": "postgresql"}.get(name := read.get_backend_name(), name)
@@ -140,6 +142,7 @@ def _read_url(url: str) -> URL:
 
 # %% ../../nbs/01_core/06_database.ipynb #7e66aa0f
 def _greet_sqlite(raw: Any, record: Any, wait: float) -> None:
+    "What each new connection to SQLite is told first."
     until = time.monotonic() + wait
     while raw.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:
@@ -153,6 +156,7 @@ def _greet_sqlite(raw: Any, record: Any, wait: float) -> None:
 
 
 def _greet_postgresql(raw: Any, record: Any, wait: float) -> None:
+    "What each new connection to PostgreSQL is told first."
     raw.execute(f"SET lock_timeout = {round(wait * 1000)}")
     raw.commit()
 
@@ -189,7 +193,7 @@ def connect(url: str, wait: float = 5.0, connections: int = 5) -> Engine:
 # %% ../../nbs/01_core/06_database.ipynb #e8a9393e
 @contextmanager
 def session(engine: Engine) -> Iterator[Session]:
-    "One transaction: committed at the end, rolled back on an error; the database's own troubles come out as `StoreError`."
+    "One transaction: committed at the end, rolled back on an error; the database's own troubles are a `StoreError`."
     with _in_words(engine), Session(engine, expire_on_commit=False) as opened, opened.begin():
         yield opened
 

@@ -31,9 +31,8 @@ def path_of(function: Callable[..., Any]) -> str:
     index = importlib.import_module("make_us_rich._modidx").d["syms"]
     found = [module for module, names in index.items() if f"{module}.{name}" in names]
     if len(found) != 1:
-        raise ValueError(
-            f"{name} is exported by {len(found)} notebooks, another process finds it only if it is one; export it, or rename it"
-        )
+        rule = f"{name} is exported by {len(found)} notebooks, another process finds it only if it is one"
+        raise ValueError(f"{rule}; export it, or rename it")
     return f"{found[0]}:{name}"
 
 
@@ -64,15 +63,24 @@ class Started(Protocol):
     "What `subprocess.Popen` and others are to whoever ends them."
 
     @property
-    def pid(self) -> int: ...
-    def poll(self) -> int | None: ...
-    def wait(self, timeout: float | None = None) -> int: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
+    def pid(self) -> int:
+        "The number of the process."
+
+    def poll(self) -> int | None:
+        "Exit status, None while it runs."
+
+    def wait(self, timeout: float | None = None) -> int:
+        "Wait for the end; exit status."
+
+    def terminate(self) -> None:
+        "Ask it to end."
+
+    def kill(self) -> None:
+        "End it at once."
 
 
 def end_tree(process: Started, patience: float = 0, seen: Iterable[psutil.Process] = ()) -> None:
-    "End a process and all that it has started: by SIGTERM if it has `patience` seconds to end by itself, and whatever is left by SIGKILL."
+    "End a process and all that it has started: SIGTERM and `patience` seconds, if any, then SIGKILL."
     family = set(seen)
     if process.poll() is None:
         family |= descendants(process.pid)
@@ -97,7 +105,7 @@ def _kill(family: Iterable[psutil.Process]) -> None:
 
 # %% ../../nbs/01_core/03_processes.ipynb #b29e9e88
 def exit_with_parent(parent: int | None = None, patience: float = 0) -> None:
-    "From now on end, with all that we started, when the process that started us ends; by SIGTERM if there is `patience` for it."
+    "From now on end, with all that we started, when our parent ends; SIGTERM first if there is `patience`."
     ending = threading.Event()
     watch = threading.Thread(
         target=_follow_parent, args=(parent or os.getppid(), patience, ending), daemon=True, name="exit-with-parent"
@@ -124,7 +132,7 @@ def _follow_parent(parent: int, patience: float, ending: threading.Event) -> Non
 def start_with_parent(
     function: Callable[..., Any], *arguments: str, patience: float = 0, **options: Any
 ) -> "subprocess.Popen[Any]":
-    "Call a function of the library with texts in a new process that ends with this one; `options` are those of `subprocess.Popen`."
+    "Call a function of the library with texts in a new process that ends with this one; `options` as for `Popen`."
     module, _, name = path_of(be_started).partition(":")
     program = f"from {module} import {name}; {name}()"
     command = [sys.executable, "-c", program, path_of(function), str(os.getpid()), str(patience), *arguments]

@@ -57,7 +57,8 @@ class Objects:
     "Named objects below one URL: read whole, created once, replaced only by one who saw what is replaced."
 
     def __init__(self, url: str, name: str = "model store", setting: str = "MUR_MODELS_URL") -> None:
-        self.url, self.name, self.setting, self._tried = shown(url), name, setting, False
+        self.url, self._tried = shown(url), False
+        self.name, self.setting = name, setting
         self.root: Path | None = None
         with self._told("opened"):
             parts = urlsplit(url)
@@ -82,6 +83,7 @@ class Objects:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
+        "Errors of the storage library as `StoreError`, with the address and no secret."
         try:
             yield
         except (BaseError, OSError, ValueError, NotImplementedError) as e:
@@ -99,7 +101,7 @@ class Objects:
             return FileLock(self.root / folder / "store.lock", timeout=60).acquire()
 
     def read(self, key: str, limit: int) -> bytes | None:
-        "The whole object, None if there is none; refused by its size, before a byte is fetched, if larger than `limit`."
+        "The whole object, None if there is none; one larger than `limit` is refused before a byte is fetched."
         with self._told("read"):
             try:
                 found = obs.get(self.store, key)
@@ -197,6 +199,6 @@ def try_conditions(objects: Objects) -> None:
         obs.delete(objects.store, key)
     if len(refused) < 2:
         raise StoreError(
-            f"{objects.url} ignores conditional writes, so two publishers could overwrite each other; use another server"
+            f"{objects.url} ignores conditional writes, so of two publishers one could be lost; use another server"
         )
     objects._tried = True

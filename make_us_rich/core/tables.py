@@ -36,6 +36,7 @@ class UTC(TypeDecorator[pd.Timestamp]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        "To the database: a time with a zone."
         if value is None:
             return None
         moment = pd.Timestamp(value)
@@ -47,6 +48,7 @@ class UTC(TypeDecorator[pd.Timestamp]):
         return moment.tz_convert("UTC").to_pydatetime(warn=False)  # nanoseconds are cut off
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        "From the database: in UTC."
         if value is None:
             return None
         moment = pd.Timestamp(value)
@@ -54,6 +56,7 @@ class UTC(TypeDecorator[pd.Timestamp]):
 
 # %% ../../nbs/01_core/05_tables.ipynb #6dac6987
 def _finite(value: float) -> float:
+    "The number; an error for NaN and infinity, which JSON does not have."
     if not math.isfinite(value):
         raise StoreError(
             f"a number in the database is finite, {value} is not; record an abstention instead", "database_unfit"
@@ -68,6 +71,7 @@ class Number(TypeDecorator[float]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        "To the database: a finite number."
         return None if value is None else _finite(value)
 
 
@@ -78,6 +82,7 @@ class Numbers(TypeDecorator[list[float]]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        "To the database: finite numbers."
         return None if value is None else [_finite(each) for each in value]
 
 # %% ../../nbs/01_core/05_tables.ipynb #2e8cdb55

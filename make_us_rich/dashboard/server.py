@@ -44,7 +44,7 @@ WARM = (
     "ipykernel.ipkernel",
     "ipykernel.zmqshell",
     "ipykernel.debugger",
-    "make_us_rich.dashboard",
+    "make_us_rich.dashboard.page",
 )  # what a viewer's process has loaded when it begins
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, SettingsError, log
-from ..market.series import Interval, Pair
+from ..market.series import Interval, Pair, Series
 from make_us_rich.market.candles import (
     SAMPLE_PAIRS,
     clean_candles,
@@ -416,7 +416,7 @@ def backtest_candles(
     if file:
         return _read_file(file, interval)
     if candles_dir:
-        return CandleStore(Path(candles_dir)).read(pair, interval)
+        return CandleStore(Path(candles_dir)).read(Series.parse(pair, interval))
     if str(interval) != "1h":
         raise SettingsError(
             f"the embedded sample has 1h candles, not {interval}; take stored ones, or a file", "interval"
@@ -449,7 +449,7 @@ def backtest_pool(
     frames = {} if candles_dir or file else {name: load_sample(name) for name in SAMPLE_PAIRS}
     for name in stored:
         try:
-            frames[name] = CandleStore(Path(candles_dir)).read(name, interval)
+            frames[name] = CandleStore(Path(candles_dir)).read(Series.parse(name, interval))
         except CandleError as e:
             log.warning("%s is left out of the pool: %s", name, e)
     return Pool(frames | {str(Pair.parse(pair)): frame}, interval)

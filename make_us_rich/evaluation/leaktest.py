@@ -27,7 +27,7 @@ from ..models.batches import CandleDataModule, TrainingData, prepare
 from ..models.training import batch_loss, build_network, follow, make_optimizer
 from .scores import HitRate, crps, dm_test, hit_rate, percent_text
 from .checks import Check, Verdict, cut_and_altered, make_check
-from .gate import too_good
+from .gate import LIMITS, can_alarm, too_good
 
 # %% ../../nbs/04_evaluation/09_leaktest.ipynb #adae88db
 Build = Callable[[pd.DataFrame], TrainingData]
@@ -87,9 +87,10 @@ def judged_hours(data: TrainingData, frame: pd.DataFrame, interval: str | Interv
     rows = np.arange(data.split.test.start - 1, data.split.test.stop - 1)
     y = next_returns(frame, rows, interval)
     rows, y = rows[np.isfinite(y)], y[np.isfinite(y)]
-    if len(rows) < 720 or y.std() < 5e-4:
-        found = f"{len(rows)} hours" if len(rows) < 720 else f"a price that moves by {y.std() * 1e4:.1f} bp an hour"
-        rule = f"leak tests need 720 test hours of a price that moves, there are {found}"
+    if not can_alarm(y):
+        few, calm = f"{len(rows)} hours", f"a price that moves by {y.std() * 1e4:.1f} bp an hour"
+        found = few if len(rows) < LIMITS.hours else calm
+        rule = f"leak tests need {LIMITS.hours} test hours of a price that moves, there are {found}"
         raise CandleError(f"{rule}; take a longer history or another pair", "short_history")
     places = rows - data.first
     return Judged(places, y, scale_of(data, frame, interval)[places], Base(interval).quantiles(frame, rows))

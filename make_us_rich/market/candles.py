@@ -50,6 +50,7 @@ def candles_from_klines(rows: list[list]) -> pd.DataFrame:
 
 
 def _typed(raw: pd.DataFrame) -> pd.DataFrame:
+    "The exchange's columns with their types, in the order of time as it came."
     frame = pd.DataFrame(index=pd.RangeIndex(len(raw)))
     for name in COLUMNS:
         values = raw[name].reset_index(drop=True) if name in raw else pd.Series(0.0, index=frame.index)
@@ -107,24 +108,27 @@ class CandleReport:
         return sum(gap.missing for gap in self.gaps)
 
     def _repr_markdown_(self) -> str:
+        "The report as a table."
         span = (
             f"{utc_iso(self.first)} to {utc_iso(self.last)}"
             if self.first is not None and self.last is not None
             else "nothing"
         )
         gaps = "; ".join(map(str, self.gaps[:5])) + (f"; and {len(self.gaps) - 5} more" if len(self.gaps) > 5 else "")
+        dropped = f"{self.invalid} invalid, {self.misaligned} misaligned, {self.duplicates} twice"
         lines = [
             "| candles | |",
             "|---|---|",
             f"| closed candles | {self.rows:,} |",
             f"| open times | {span} |",
             f"| gaps | {len(self.gaps)}, {self.missing} candles missing{': ' + gaps if self.gaps else ''} |",
-            f"| dropped | {self.invalid} invalid, {self.misaligned} misaligned, {self.duplicates} twice, {self.unclosed} still open |",
+            f"| dropped | {dropped}, {self.unclosed} still open |",
         ]
         return "\n".join(lines)
 
 # %% ../../nbs/02_market/02_candles.ipynb #66d613e3
 def _invalid(frame: pd.DataFrame, interval: Interval) -> pd.Series:
+    "Which rows break a rule that every candle keeps."
     values = frame[VALUE_COLUMNS]
     prices, amounts = values[VALUE_COLUMNS[:4]], values[VALUE_COLUMNS[4:]]
     finite = np.isfinite(values).all(axis=1) & frame["timestamp"].notna() & frame["close_time"].notna()
@@ -134,13 +138,14 @@ def _invalid(frame: pd.DataFrame, interval: Interval) -> pd.Series:
 
 
 def _misaligned(frame: pd.DataFrame, interval: Interval) -> pd.Series:
+    "Which rows do not open on a whole interval."
     return frame["timestamp"] != frame["timestamp"].dt.floor(interval.delta)
 
 # %% ../../nbs/02_market/02_candles.ipynb #1590640e
 def clean_candles(
     raw: pd.DataFrame, interval: str | Interval = "1h", now: pd.Timestamp | None = None
 ) -> tuple[pd.DataFrame, CandleReport]:
-    "Sorted, valid, closed candles, and the report of what was dropped; `now` is the exchange's clock, None if all rows are known to be closed."
+    "Sorted, valid, closed candles, and what was dropped; `now` is the exchange's clock, None if all rows have closed."
     step = Interval.parse(interval)
     frame = _typed(raw)
     invalid = _invalid(frame, step)
@@ -168,7 +173,7 @@ def fake_candles(
     price: float = 100.0,
     volatility: float = 0.004,
 ) -> pd.DataFrame:
-    "Synthetic candles, seeded: log returns with fat tails whose volatility (per candle) wanders and follows the hour of the day."
+    "Synthetic candles, seeded: fat-tailed log returns whose volatility wanders and follows the hour of the day."
     rng = np.random.default_rng(seed)
     step = Interval.parse(interval)
     times = pd.Series(pd.date_range(start, periods=n, freq=step.delta, tz="UTC")).astype(TIME)
@@ -198,14 +203,12 @@ def check_candles(frame: pd.DataFrame, interval: str | Interval = "1h") -> pd.Da
     "The frame itself if it keeps every rule of a candle frame; else `CandleError`."
     step = Interval.parse(interval)
     if list(frame.columns) != COLUMNS:
-        raise CandleError(
-            f"a candle frame has the columns {', '.join(COLUMNS)}, not {', '.join(map(str, frame.columns))}; pass it through clean_candles"
-        )
+        rule = f"a candle frame has the columns {', '.join(COLUMNS)}, not {', '.join(map(str, frame.columns))}"
+        raise CandleError(f"{rule}; pass it through clean_candles")
     times = frame["timestamp"]
     if str(times.dtype) != TIME or str(frame["close_time"].dtype) != TIME:
-        raise CandleError(
-            f"candle times are {TIME}, not {times.dtype} and {frame['close_time'].dtype}; pass the frame through clean_candles"
-        )
+        rule = f"candle times are {TIME}, not {times.dtype} and {frame['close_time'].dtype}"
+        raise CandleError(f"{rule}; pass the frame through clean_candles")
     rules = {
         "every candle is valid (prices > 0, low <= open, close <= high, amounts >= 0)": _invalid(frame, step),
         f"candles open on a whole {step}": _misaligned(frame, step),
@@ -215,9 +218,8 @@ def check_candles(frame: pd.DataFrame, interval: str | Interval = "1h") -> pd.Da
         if broken.any():
             where = times[broken].iloc[0]
             when = "a row without a time" if pd.isna(where) else utc_iso(where)
-            raise CandleError(
-                f"{rule}, but {int(broken.sum())} of {len(frame)} do not, first {when}; pass the frame through clean_candles"
-            )
+            fault = f"{rule}, but {int(broken.sum())} of {len(frame)} do not, first {when}"
+            raise CandleError(f"{fault}; pass the frame through clean_candles")
     return frame.reset_index(drop=True)
 
 # %% ../../nbs/02_market/02_candles.ipynb #4e3e293a
@@ -232,7 +234,7 @@ def content_hash(frame: pd.DataFrame) -> str:
 
 # %% ../../nbs/02_market/02_candles.ipynb #0ab07a82
 def read_candles(path: str | Path) -> pd.DataFrame:
-    "Candles of a Parquet or CSV file, unchecked; columns that the file lacks become 0, a lacking close time is computed for 1h."
+    "Candles of a Parquet or CSV file, unchecked; columns that it lacks become 0, a lacking close time is that of 1h."
     path = Path(path)
     if not path.is_file():
         raise CandleError(f"{path} is no file; name a Parquet or CSV file of candles", "no_candles")
@@ -248,6 +250,7 @@ def read_candles(path: str | Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    "A CSV file, also one of Binance's archive without a header."
     first = pd.read_csv(path, nrows=1, header=None).iloc[0]
     headerless = len(first) == len(KLINE_FIELDS) and pd.to_numeric(first, errors="coerce").notna().all()
     names = {"header": None, "names": KLINE_FIELDS} if headerless else {}
@@ -255,6 +258,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _as_time(values: pd.Series) -> pd.Series:
+    "Times of any usual writing, in UTC."
     if isinstance(values.dtype, pd.DatetimeTZDtype) or pd.api.types.is_numeric_dtype(values):
         return values.astype(TIME) if isinstance(values.dtype, pd.DatetimeTZDtype) else to_utc(values)
     return pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601").astype(TIME)
@@ -293,7 +297,7 @@ def next_returns(frame: pd.DataFrame, rows: np.ndarray, interval: str | Interval
 def scorable_rows(
     frame: pd.DataFrame, rows: np.ndarray, interval: str | Interval = "1h", window: int = 840, steps: int = 120
 ) -> np.ndarray:
-    "Those of `rows` with `window` candles up to the row, no gap inside the last `steps` of them, and an adjacent next candle."
+    "Those of `rows` with `window` candles up to it, no gap in the last `steps` of them, and an adjacent next candle."
     rows = np.asarray(rows, dtype=int)
     broken = np.isnan(log_returns(frame, interval))  # row i does not follow on row i-1
     count = np.append(0, np.cumsum(broken))  # breaks in rows < i

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.settings import CandleError
 from ..market.candles import VALUE_COLUMNS
+from .baselines import FAIR_HOURS
 
 # %% ../../nbs/03_models/04_features.ipynb #b1da68c2
 def frame_tensors(frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
@@ -291,7 +292,7 @@ class Split(NamedTuple):
         return range(rows.start + self.purge - 1, rows.stop - 1)
 
 
-def split(n: int, test: float = 0.1, val: float = 0.2, purge: int = 120, least: int = 720) -> Split:
+def split(n: int, test: float = 0.1, val: float = 0.2, purge: int = 120, least: int = FAIR_HOURS) -> Split:
     "Chronological parts of `n` rows: the last `test` share (at least `least` rows), before it `val` of the remainder."
     last = n - max(round(n * test), least)
     middle = last - round(last * val)

@@ -179,8 +179,6 @@ def forecast_returns(
     forecaster: Any, frame: pd.DataFrame, rows: np.ndarray, *, width: float | np.ndarray = 1.0, batch: int = 512
 ) -> np.ndarray:
     "Q [n, 21] log returns of a torch forecaster over the windows that end at `rows`; `width` is one number or one per row."
-    import torch
-
     rows = np.asarray(rows, dtype=int)
     if len(rows) and rows.min() < forecaster.window - 1:
         found = f"a window of {forecaster.window} candles does not fit before row {rows.min()}"

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..core.settings import CandleError, TrainingError
 from ..market.series import Interval
+from .baselines import FAIR_HOURS
 from .recipe import Recipe, load_recipe
 from .features import CandleFeatures, Split, split
 from .network import CandleForecaster
@@ -58,7 +59,7 @@ def first_test_candle(frame: pd.DataFrame, recipe: Recipe) -> pd.Timestamp:
 
 def pool_cutoff(frames: Mapping[str, pd.DataFrame], recipe: Recipe) -> pd.Timestamp:
     "The earliest test start of the histories that are long enough to have one and still go on."
-    need = CandleFeatures.span + recipe.chunk + 720
+    need = CandleFeatures.span + recipe.chunk + FAIR_HOURS
     long = [frame for frame in frames.values() if len(frame) >= need]
     if not long:
         raise CandleError(

@@ -52,6 +52,26 @@ class Recipe(BaseModel):
         "Sixteen hex digits that change when any number changes."
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def to_json(self) -> str:
+        "All numbers as text: what a process hands to the next one."
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        "The recipe that `to_json` wrote; SettingsError names what is wrong."
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> SettingsError:
+    "The first fault of a recipe in one sentence."
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "text"
+    fault = f"recipe value {where} = {first['input']!r:.60} does not fit: {first['msg'].lower()}"
+    return SettingsError(f"{fault}; correct it", reason="recipe")
+
 # %% ../../nbs/03_models/03_recipe.ipynb #86169295
 def _names() -> str:
     "The recipes that come with the package."
@@ -82,12 +102,7 @@ def load_recipe(name_or_path: str | Path = "default", **overrides: Any) -> Recip
     try:
         recipe = Recipe.model_validate(numbers | overrides)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SettingsError(
-            f"recipe value {where} = {first['input']!r} does not fit: {first['msg'].lower()}; correct it",
-            reason="recipe",
-        ) from None
+        raise _refusal(error) from None
     if recipe.kind == "quantile" and not (recipe.steps_per_epoch and recipe.burn_in < recipe.chunk):
         raise SettingsError(
             "a quantile recipe needs steps_per_epoch >= 1 and burn_in < chunk; correct it", reason="recipe"

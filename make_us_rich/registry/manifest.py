@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, Val
 
 from ..core.settings import StoreError
 from ..core.storage import MODEL_LIMIT
+from ..market.series import Series
 from ..market.candles import VALUE_COLUMNS
 from ..models.baselines import LEVELS
 
@@ -114,6 +115,11 @@ class Manifest(Record):
     files: dict[Literal["model.onnx"], FileInfo] = {}
     page: Literal["", "run.html"] = "run.html"
     seal: str = ""
+
+    @property
+    def series(self) -> Series:
+        "The pair and interval that the model was made for."
+        return Series.parse(self.pair, self.interval)
 
     @property
     def version(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, ForecastUnavailable, StoreError, log, utc_iso
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Series
 from ..market.candles import scorable_rows
 from ..market.candle_store import CandleStore
 from ..models.har import HarT
@@ -23,6 +23,7 @@ from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Verdict
 from ..evaluation.gate import gate
 from .manifest import Manifest
+from .versions import as_arguments
 from .store import ModelReader, serving_champion
 from .served_model import OnnxModel, graph_returns
 
@@ -44,18 +45,13 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader,
-    frame: pd.DataFrame,
-    rows: np.ndarray,
-    pair: str | Pair,
-    interval: str | Interval = "1h",
-    hours: int = 720,
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = 720
 ) -> np.ndarray | None:
-    "Q [n, 21] of the champion that serves the pair at `rows`, or None if there is no sound one that has not learned from the last `hours` of them."
+    "Q [n, 21] of the serving champion at `rows`; None without a sound one that is new to the last `hours` of them."
     try:
-        if (found := serving_champion(store, pair, interval)) is None:
+        if (found := serving_champion(store, series)) is None:
             return None
-        model = OnnxModel(store.load(found[0], interval))
+        model = OnnxModel(store.load(found[0]))
     except StoreError as e:
         log.warning("the candidate is judged without the champion: %s", e)
         return None
@@ -97,23 +93,22 @@ class Judgement:
 def regate(
     store: ModelReader,
     candles: CandleStore,
-    pair: str | Pair,
-    interval: str | Interval = "1h",
+    series: str | Series,
     version: str | None = None,
     now: pd.Timestamp | None = None,
     hours: int = 720,
 ) -> Judgement:
-    "Ask the gate about a stored version (default: the champion) on the newest scorable hours that it, and the champion, have not learned from."
-    name, step = Pair.parse(pair), Interval.parse(interval)
-    pointer = store.champion(name, step)
+    "Ask the gate about a version (default: the champion) on the newest hours that it and the champion have not seen."
+    series = Series.parse(series)
+    name, step = series.pair, series.interval
+    pointer = store.champion(series)
     if pointer is None and version is None:
-        pooled = " (the pooled one serves it)" if serving_champion(store, name, step) else ""
-        raise ForecastUnavailable(
-            f"no model of {name} {step} is published yet{pooled}; train one with `mkrich train {name}`", "no_model"
-        )
-    model = OnnxModel(store.load(name, step, version))
-    other = OnnxModel(store.load(name, step)) if pointer and pointer.version != model.manifest.version else None
-    frame = candles.read(name, step)
+        pooled = " (the pooled one serves it)" if serving_champion(store, series) else ""
+        rule = f"no model of {name} {step} is published yet{pooled}"
+        raise ForecastUnavailable(f"{rule}; train one with `mkrich train {as_arguments(series)}`", "no_model")
+    model = OnnxModel(store.load(series, version))
+    other = OnnxModel(store.load(series)) if pointer and pointer.version != model.manifest.version else None
+    frame = candles.read(series)
     start = max(unseen_from(m.manifest, frame) for m in (model, other) if m)
     window = max(m.window for m in (model, other) if m)
     rows = scorable_rows(frame, np.flatnonzero(frame["timestamp"] >= start), step, window=window)[-(hours + WARM_UP) :]

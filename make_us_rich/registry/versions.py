@@ -14,13 +14,13 @@ import pandas as pd
 
 from ..core.settings import StoreError
 from ..core.storage import MODEL_LIMIT, TEXT_LIMIT, Objects, create, put_sound, replace, try_conditions
-from ..market.series import Interval, Pair
+from ..market.series import Series
 from .manifest import Manifest, open_manifest, seal_manifest, sha256
 
 # %% ../../nbs/05_registry/02_versions.ipynb #09d95400
-def place(pair: str | Pair, interval: str | Interval = "1h", version: str = "") -> str:
-    "`BTC_USDT/1h` or `BTC_USDT/1h/<version>`; only from texts that can be a pair, an interval and a version, so never a path out of the store."
-    folder = f"{Pair.parse(pair)}/{Interval.parse(interval)}"
+def place(series: str | Series, version: str = "") -> str:
+    "`BTC_USDT/1h` or `BTC_USDT/1h/<version>`: only from what is a series and a version, so never a path out of the store."
+    folder = str(Series.parse(series))
     if version and not re.fullmatch(VERSION, version, re.ASCII):
         raise StoreError(
             f"a version looks like 20231231T230000Z-0123456789ab, not {version[:40]!r}; `mkrich models` lists them",
@@ -32,6 +32,11 @@ def place(pair: str | Pair, interval: str | Interval = "1h", version: str = "") 
 VERSION = r"\d{8}T\d{6}Z-[0-9a-f]{12}"
 
 
+def as_arguments(series: Series) -> str:
+    "The series as the command line takes it: `BTC_USDT`, or `BTC_USDT --interval 4h`."
+    return str(series.pair) if str(series.interval) == "1h" else f"{series.pair} --interval {series.interval}"
+
+
 def read_sound(objects: Objects, folder: str, expect: str = "") -> tuple[Manifest, bytes, bytes]:
     "Manifest, its bytes and the model of a version's folder, every byte of them checked; ValueError says what is wrong."
     data = objects.read(f"{folder}/manifest.json", TEXT_LIMIT)
@@ -40,7 +45,7 @@ def read_sound(objects: Objects, folder: str, expect: str = "") -> tuple[Manifes
     if expect and sha256(data) != expect:
         raise ValueError(f"manifest.json has sha256 {sha256(data)[:12]}, the pointer says {expect[:12]}")
     manifest = open_manifest(data)
-    if place(manifest.pair, manifest.interval, manifest.version) != folder:
+    if place(manifest.series, manifest.version) != folder:
         raise ValueError(f"manifest.json belongs to {manifest.pair} {manifest.interval} {manifest.version}")
     return manifest, data, read_model(objects, folder, manifest)
 
@@ -60,7 +65,8 @@ def read_model(objects: Objects, folder: str, manifest: Manifest) -> bytes:
 # %% ../../nbs/05_registry/02_versions.ipynb #2ab63354
 def publish_bundle(objects: Objects, draft: Manifest, model: bytes) -> str:
     "Write one version, once per run id; returns the run's version, also when another process was first."
-    folder, claim = place(draft.pair, draft.interval), f"{place(draft.pair, draft.interval)}/runs/{draft.run_id}.json"
+    folder = place(draft.series)
+    claim = f"{folder}/runs/{draft.run_id}.json"
     mine = seal_manifest(draft, model)
     try_conditions(objects)
     with objects.lock(folder):
@@ -115,15 +121,14 @@ class VersionInfo:
     modified: pd.Timestamp
 
 # %% ../../nbs/05_registry/02_versions.ipynb #b593d091
-def load_bundle(objects: Objects, pair: str | Pair, interval: str | Interval, version: str, expect: str = "") -> Bundle:
+def load_bundle(objects: Objects, series: str | Series, version: str, expect: str = "") -> Bundle:
     "Load one version, or raise `StoreError` with the reason why it cannot be used."
+    series = Series.parse(series)
     try:
-        manifest, data, model = read_sound(objects, place(pair, interval, version), expect)
+        manifest, data, model = read_sound(objects, place(series, version), expect)
     except ValueError as e:
-        fix = f"run `mkrich rollback {Pair.parse(pair)}` to serve an earlier one, or train again"
-        raise StoreError(
-            f"version {version} of {Pair.parse(pair)} {interval} cannot be used: {e}; {fix}", "damaged_version"
-        ) from None
+        fix = f"run `mkrich rollback {as_arguments(series)}` to serve an earlier one, or train again"
+        raise StoreError(f"version {version} of {series.name} cannot be used: {e}; {fix}", "damaged_version") from None
     return Bundle(manifest, model, sha256(data))
 
 # %% ../../nbs/05_registry/02_versions.ipynb #2d9e7bc3

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -28,24 +28,29 @@ from ..core.secrets import find_secrets, secret_values
 from ..core.settings import Settings, SettingsError, StoreError, log, system_clock
 from ..core.storage import write_atomic
 from ..registry.store import ModelReader, ModelStore
-
-if TYPE_CHECKING:
-    from make_us_rich.runs.run import Outcome
+from .run import Outcome
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #d69bd7b3
 def secrets_of(settings: Settings) -> dict[str, str]:
-    "Name -> value of what must not be on a page: the secrets of this environment and of the settings, which a file may have set."
+    "Name -> value of what must not be on a page: the secrets of this environment, and of the settings."
     return secret_values(os.environ | {f"MUR_{name.upper()}": str(value) for name, value in settings})
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #88895161
 _STYLE = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff }
-pre, code { font: 13px/1.45 ui-monospace, monospace } pre { overflow-x: auto; padding: .6rem .8rem; background: #f6f8fa; border-radius: 6px; margin: .4rem 0 }
-.jp-OutputPrompt, .jp-InputPrompt, .prompt, .anchor-link, .jp-Collapser { display: none } img { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: 14px; margin: .6rem 0 } td, th { padding: .2rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right }
-td:first-child, th:first-child { text-align: left } blockquote { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #c8374b; background: #fdf1f2 }
-@media (prefers-color-scheme: dark) { body { color: #d7dce1; background: #14171a } pre { background: #1e2328 } td, th { border-color: #3a4046 }
-  blockquote { background: #2b1a1d } img { background: #fff } }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff }
+pre, code { font: 13px/1.45 ui-monospace, monospace }
+pre { overflow-x: auto; padding: .6rem .8rem; background: #f6f8fa; border-radius: 6px; margin: .4rem 0 }
+.jp-OutputPrompt, .jp-InputPrompt, .prompt, .anchor-link, .jp-Collapser { display: none }
+img { max-width: 100%; height: auto }
+table { border-collapse: collapse; font-size: 14px; margin: .6rem 0 }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right }
+td:first-child, th:first-child { text-align: left }
+blockquote { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #c8374b; background: #fdf1f2 }
+@media (prefers-color-scheme: dark) {
+  body { color: #d7dce1; background: #14171a } pre { background: #1e2328 } td, th { border-color: #3a4046 }
+  blockquote { background: #2b1a1d } img { background: #fff }
+}
 """
 
 
@@ -65,17 +70,21 @@ def render_html(notebook: Path) -> str:
     for cell in page.cells:
         for output in cell.get("outputs", []):
             if "data" in output:  # widgets and scripts have a static form beside them, which stays
-                output["data"] = {
-                    kind: value
-                    for kind, value in output["data"].items()
-                    if kind in _SHOWN and "<script" not in str(value).lower()
-                }
+                output["data"] = {kind: value for kind, value in output["data"].items() if _is_static(kind, value)}
     page.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(page)
     title = html.escape(f"{notebook.parent.parent.name} {notebook.parent.name} {notebook.stem}")
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width">'
     style = f"<style>{_STYLE}{HtmlFormatter(style='friendly').get_style_defs('.highlight')}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}<title>{title}</title>{style}</head><body>{body}</body></html>'
+    return f'<!doctype html><html lang="en"><head>{_HEAD}<title>{title}</title>{style}</head><body>{body}</body></html>'
+
+
+_HEAD = f"""<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width">"""
+
+
+def _is_static(kind: str, value: Any) -> bool:
+    "Whether an output is text or a picture, and brings no script."
+    return kind in _SHOWN and "<script" not in str(value).lower()
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #d06066b4
 class _Requests(HTMLParser):
@@ -86,67 +95,74 @@ class _Requests(HTMLParser):
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "source"):
+        "Look at one element and at its attributes."
+        if tag in _ACTIVE:
             self.found.append(f"<{tag}>")
         for name, value in attrs:
             if name.startswith("on"):
                 self.found.append(f"<{tag} {name}>")
-            elif name in ("src", "srcset", "poster", "background", "data") and not (value or "").startswith("data:"):
+            elif _asks(tag, name, (value or "").strip().lower()):
                 self.found.append(f"<{tag} {name}={value}>")
-            elif name == "href" and (tag != "a" or (value or "").strip().lower().startswith(("javascript:", "data:"))):
-                self.found.append(f"<{tag} href={value}>")
+
+
+_ACTIVE = ("script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "source")
+
+
+def _asks(tag: str, name: str, value: str) -> bool:
+    "Whether an attribute makes a browser load something, or run it when a link is clicked."
+    if name in ("src", "srcset", "poster", "background", "data"):
+        return not value.startswith("data:")
+    return name == "href" and (tag != "a" or value.startswith(("javascript:", "data:")))
 
 
 def outside_requests(page: str) -> list[str]:
     "What a page would load from elsewhere or run; empty for a page that stands alone."
     parser = _Requests()
     parser.feed(page)
-    style = re.findall(
-        r"@import|url\(\s*['\"]?(?!data:)[^)]*\)", " ".join(re.findall(r"<style.*?</style>", page, re.S))
-    )
-    return parser.found + style
+    styles = " ".join(re.findall(r"<style.*?</style>", page, re.S))
+    return parser.found + re.findall(r"@import|url\(\s*['\"]?(?!data:)[^)]*\)", styles)
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #60904c3b
 def render_run(notebook: Path, settings: Settings, output: Path | None = None) -> Path:
-    "Write the page of an executed notebook beside it (or to `output`); `StoreError` if it holds a secret or does not stand alone."
-    page = render_html(notebook)
+    "Write the page of an executed notebook beside it (or to `output`); `StoreError` if it must not be shown."
+    page, refused = render_html(notebook), f"the page of {notebook} was not written"
     if found := find_secrets(notebook.read_text() + page, secrets_of(settings)):
-        message = f"the page of {notebook} was not written, it would show {' and '.join(found)}; take it out of the notebook and make a new one of it"
-        raise StoreError(message, "secret_found")
+        problem = f"it would show {' and '.join(found)}; take it out of the notebook and make a new one of it"
+        raise StoreError(f"{refused}, {problem}", "secret_found")
     if loads := outside_requests(page):
-        raise StoreError(
-            f"the page of {notebook} was not written, it would load {loads[0]}; show a static picture instead",
-            "not_alone",
-        )
+        raise StoreError(f"{refused}, it would load {loads[0]}; show a static picture instead", "not_alone")
     target = output or notebook.with_suffix(".html")
     write_atomic(target, page.encode())
     return target
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #aed21eb0
-def keep_page(outcome: "Outcome", settings: Settings) -> "Outcome":
+def keep_page(outcome: Outcome, settings: Settings) -> Outcome:
     "The outcome with its `page`, made now if the run left a notebook; without a page if that was not possible."
-    notebook, told = Path(outcome.notebook), outcome
+    notebook = Path(outcome.notebook)
     if outcome.state in ("skipped", "running") or not outcome.notebook or not notebook.exists():
         return outcome
     try:
-        for left in notebook.parent.glob("*.html"):  # of an earlier attempt
-            left.unlink()
-        page = render_run(notebook, settings)
-        told = outcome.model_copy(update={"page": str(page)})
-        write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
-        for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
-            ModelStore(settings.store_url).put_page(outcome.pair, outcome.interval, version, page.read_bytes())
+        return _make_page(outcome, notebook, settings)
     except ModuleNotFoundError as e:
-        log.warning(
-            "the page of %s could not be made, %s is not installed; run: pip install 'make_us_rich[train]'",
-            notebook,
-            e.name,
-        )
+        problem = f"{e.name} is not installed; run: pip install 'make_us_rich[train]'"
+        log.warning("the page of %s could not be made, %s", notebook, problem)
+    except StoreError as e:
+        log.warning("%s", e)
     except Exception as e:
-        log.warning(
-            "%s",
-            e if isinstance(e, StoreError) else f"the page of {notebook} could not be made: {type(e).__name__}: {e}",
-        )
+        log.warning("the page of %s could not be made: %s: %s", notebook, type(e).__name__, e)
+    page = notebook.with_suffix(".html")
+    return outcome.model_copy(update={"page": str(page)}) if page.exists() else outcome
+
+
+def _make_page(outcome: Outcome, notebook: Path, settings: Settings) -> Outcome:
+    "Write the page, say so in `outcome.json`, and put it beside what was published."
+    for left in notebook.parent.glob("*.html"):  # of an earlier attempt
+        left.unlink()
+    page = render_run(notebook, settings)
+    told = outcome.model_copy(update={"page": str(page)})
+    write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
+    for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
+        ModelStore(settings.store_url).put_page(outcome.series, version, page.read_bytes())
     return told
 
 
@@ -172,28 +188,29 @@ def clean_runs(
     runs: Path, models: ModelReader, keep: int = 200, days: float = 30, now: pd.Timestamp | None = None
 ) -> list[Path]:
     "Remove old run folders, never that of a champion or of a run under way; the folders that went."
-    from make_us_rich.runs.run import Outcome
-
     now = now if now is not None else system_clock()
-    champions = {
-        pointer.version for pair, interval in models.pairs() if (pointer := models.champion(pair, interval)) is not None
-    }
+    pointers = [models.champion(series) for series in models.series()]
+    kept = {pointer.version for pointer in pointers if pointer is not None}
     gone = []
-    for pair_folder in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
-        outcomes: list[tuple[pd.Timestamp, Path, Outcome]] = []
-        for path in pair_folder.glob("*/outcome.json"):
-            try:
-                outcome = Outcome.model_validate_json(path.read_bytes())
-                outcomes.append((pd.Timestamp(outcome.started_at or "1970-01-01T00:00Z"), path.parent, outcome))
-            except (OSError, ValueError):
-                log.warning("%s cannot be read; its folder stays", path)
-        outcomes.sort(key=lambda each: (each[0], str(each[1])), reverse=True)
-        for rank, (started, folder, outcome) in enumerate(outcomes):
+    for folder in sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []:
+        for rank, (outcome, place) in enumerate(_outcomes_below(folder)):
+            started = pd.Timestamp(outcome.started_at or "1970-01-01T00:00Z")
             old = rank >= keep or now - started > pd.Timedelta(days=days)
-            if old and outcome.state != "running" and outcome.version not in champions:
-                shutil.rmtree(folder)
-                gone.append(folder)
+            if old and outcome.state != "running" and outcome.version not in kept:
+                shutil.rmtree(place)
+                gone.append(place)
     return gone
+
+
+def _outcomes_below(folder: Path) -> list[tuple[Outcome, Path]]:
+    "The outcomes of the runs of a pair with their folders, the newest first."
+    found = []
+    for path in folder.glob("*/outcome.json"):
+        try:
+            found.append((Outcome.model_validate_json(path.read_bytes()), path.parent))
+        except (OSError, ValueError):
+            log.warning("%s cannot be read; its folder stays", path)
+    return sorted(found, key=lambda each: (each[0].started_at, str(each[1])), reverse=True)
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #0fa6ef53
 def offline_wandb_runs(runs: Path) -> list[Path]:
@@ -212,6 +229,7 @@ def sync_wandb(runs: Path, timeout: float = 300, env: Mapping[str, str] = os.env
 
 
 def _sync_one(folder: Path, timeout: float, env: Mapping[str, str]) -> str:
+    "Send one record; empty if it went."
     command: list[Any] = [sys.executable, "-m", "wandb", "sync", folder]
     try:
         done = subprocess.run(

@@ -20,7 +20,7 @@ import torch
 
 from ..core.settings import CandleError, StoreError, system_clock, utc_iso
 from ..core.storage import write_atomic
-from ..market.series import POOLED, Interval
+from ..market.series import POOLED, Interval, Series
 from make_us_rich.market.candles import (
     SAMPLE_PAIRS,
     VALUE_COLUMNS,
@@ -49,6 +49,7 @@ from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict
 from ..registry.manifest import DataSpan, Golden, Manifest
 from ..registry.versions import Bundle
+from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
 from ..registry.served_model import open_session
 from .report import SAMPLE_URL, Markdown, Run, open_market, run_settings
@@ -123,12 +124,11 @@ def open_pool(
             if not cutoff and (exchange_url != SAMPLE_URL or not stored):
                 _update(store, name, step, exchange_url)
             frame = store.read(
-                name,
-                step,
+                Series.parse(name, step),
                 rows=history_days * 24 * 3_600_000 // step.ms or None,
                 end=pd.Timestamp(cutoff) - step.delta if cutoff else None,
             )
-            book = store.info(name, step)
+            book = store.info(Series.parse(name, step))
             if book.report.bad_share > 0.001:
                 raise CandleError(
                     f"{book.report.bad_share:.2%} of its candles break a rule, 0.10% is allowed", "bad_candles"
@@ -155,7 +155,7 @@ def open_pool(
 def _update(store: CandleStore, name: str, step: Interval, exchange_url: str) -> None:
     "Fetch what is new of a pair; one that is no longer traded keeps what it has."
     try:
-        store.update(open_market(exchange_url, name), name, step)
+        store.update(open_market(exchange_url, name), Series.parse(name, step))
     except CandleError as error:
         if error.reason != "inactive":
             raise
@@ -323,10 +323,10 @@ def publish_pool(
     else:
         version = run.models.publish(_manifest(run, result, model, scores, verdict), model)
         try:
-            run.models.promote(POOLED, run.interval, version, "passed the gate")
+            run.models.promote(Series(POOLED, run.interval), version, "passed the gate")
             publication = Publication("published", [], version, True)
         except StoreError as error:
-            if error.reason != "older_cutoff":
+            if error.reason not in POINTER_STAYS:
                 raise
             publication = Publication("published", [str(error)], version)
     facts = {
@@ -411,7 +411,8 @@ def load_pooled(
     store: ModelStore, interval: str | Interval = "1h", before: pd.Timestamp | None = None
 ) -> Pooled | None:
     "The newest published pooled network that learned from no candle after `before`; None if there is none."
-    for info in store.versions(POOLED, interval):
+    series = Series.parse(POOLED, interval)
+    for info in store.versions(series):
         manifest = info.manifest
         if (
             manifest is not None
@@ -419,7 +420,7 @@ def load_pooled(
             and manifest.passed
             and (before is None or pd.Timestamp(manifest.cutoff) <= before)
         ):
-            return open_pooled(store.load(POOLED, interval, info.version))
+            return open_pooled(store.load(series, info.version))
     return None
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #e6e6d1f4

@@ -22,6 +22,7 @@ import pandas as pd
 
 from ..core.settings import CandleError, StoreError, system_clock, utc_iso
 from ..core.storage import write_atomic
+from ..market.series import Series
 from ..market.candles import VALUE_COLUMNS, content_hash
 from ..models.baselines import LEVELS
 from ..models.har import HarT
@@ -34,6 +35,7 @@ from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Verdict
 from ..evaluation.gate import gate
 from ..registry.manifest import DataSpan, Golden, Manifest
+from ..registry.champion import POINTER_STAYS
 from ..registry.served_model import graph_returns, open_session
 from ..registry.rejudge import champion_returns
 from .report import Markdown, Run, TestSpan, rows_to_test, window_of_result
@@ -161,7 +163,7 @@ def track_publication(
     summary |= {f"gate/{check.name}": check.passed for check in verdict.checks}
     bundle = {}
     if publication.version:
-        manifest = run.models.load(pair, run.interval, publication.version).manifest
+        manifest = run.models.load(Series.parse(pair, run.interval), publication.version).manifest
         bundle = {"model.onnx": model, "manifest.json": manifest.model_dump_json(indent=1).encode()}
     track_run(run.log_dir, run.run_id, config, result.history, summary, bundle)
 
@@ -169,10 +171,10 @@ def track_publication(
 def _promote(run: Run, version: str, reason: str) -> str:
     "Move the pointer; the sentence of the store if a newer champion stands there."
     try:
-        run.models.promote(str(run.pair), str(run.interval), version, reason)
+        run.models.promote(Series.parse(run.pair, run.interval), version, reason)
         return ""
     except StoreError as e:
-        if e.reason != "older_cutoff":
+        if e.reason not in POINTER_STAYS:
             raise
         return str(e)
 
@@ -239,10 +241,10 @@ class Fallback:
 
 def _needs_fallback(run: Run) -> str:
     "Why no fallback is published now, empty if one is."
-    if (pointer := run.models.champion(run.pair, run.interval)) is None:
+    if (pointer := run.models.champion(Series.parse(run.pair, run.interval))) is None:
         return ""
     try:
-        manifest = run.models.load(run.pair, run.interval).manifest
+        manifest = run.models.load(Series.parse(run.pair, run.interval)).manifest
     except StoreError as e:
         return f"the champion is there but cannot be loaded ({e})."
     is_old = run.cutoff - pd.Timestamp(manifest.cutoff) > pd.Timedelta("7d")
@@ -265,11 +267,11 @@ def publish_fallback(run: Run) -> Fallback:
         return Fallback("", "HAR-t could not be fitted.", [str(e)])
     model = fallback_graph(har, run.frame)
     Q, parity, forecaster = _walk_graph(run, model, har, rows)
-    champion = champion_returns(run.models, run.frame, rows, run.pair, run.interval)
+    champion = champion_returns(run.models, run.frame, rows, Series.parse(run.pair, run.interval))
     verdict = gate(run.frame, rows, Q, interval=run.interval, forecast=forecaster, parity=parity, incumbent=champion)
     waits = [check.name for check in verdict.checks if check.refuses and not check.passed] == [
         "not_worse"
-    ] and not run.models.champion(run.pair, run.interval)
+    ] and not run.models.champion(Series.parse(run.pair, run.interval))
     if (
         waits
     ):  # worse than the pooled model only: as the last place to go back to it is good enough, and its manifest tells

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, Settings, get_settings, utc_iso
-from ..market.series import Interval, Pair
+from ..market.series import Interval, Pair, Series
 from make_us_rich.market.candles import (
     SAMPLE_LABEL,
     SAMPLE_PAIRS,
@@ -149,11 +149,11 @@ def open_run(
     client, candles = open_market(exchange_url, name), CandleStore(settings.candles_dir)
     rows = int(pd.Timedelta(days=history_days) / step.delta)
     if not cutoff:
-        candles.update(client, name, step, rows=rows)
+        candles.update(client, Series(name, step), rows=rows)
     frame, note = since_long_hole(
-        candles.read(name, step, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
+        candles.read(Series(name, step), rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None), step
     )
-    book = candles.info(name, step)
+    book = candles.info(Series(name, step))
     if book.report.bad_share > 0.001:
         share = (
             f"{book.report.bad_share:.2%} of the candles of {name} from {book.source} break a rule, 0.10% is allowed"
@@ -271,7 +271,7 @@ def window_of_result(result: TrainResult) -> int:
 
 def judge(run: Run, result: TrainResult, span: TestSpan, parity: float) -> Verdict:
     "The gate's verdict on the trained model, which may not be worse than the champion of the moment."
-    champion = champion_returns(run.models, run.frame, span.rows, run.pair, run.interval)
+    champion = champion_returns(run.models, run.frame, span.rows, Series.parse(run.pair, run.interval))
     return gate(
         run.frame,
         span.rows,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP_MESSAGES', 'LONGEST_PAUSE', 'REFUSALS', 'PATIENCE', 'Condition', 'open_services', 'send_messages', 'Opened',
-           'Message', 'read_state', 'write_state', 'Alerts', 'send_test', 'beat', 'Watched', 'failed_runs',
+           'Message', 'read_state', 'write_state', 'Alerts', 'send_test', 'send_heartbeat', 'Watched', 'failed_runs',
            'refused_runs', 'demoted_champions', 'silent_runs', 'silent_forecasts', 'silent_settlements', 'low_disk',
            'exchange_away', 'database_conditions']
 
@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from ..core.settings import Clock, SettingsError, log, system_clock, utc_iso
 from ..core.storage import write_atomic
 from ..core.tables import Demotion, ForecastRow, RunRow
+from ..market.series import Series
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #5bb3f67b
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ _hush = threading.RLock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    "Silence the libraries that would show an address, in all threads."
     known = [name for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] in _LOUD]
     loggers = [logging.getLogger(name) for name in {*_LOUD, *known}]
     with _hush:
@@ -63,23 +65,21 @@ def _quiet() -> Iterator[None]:
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #4d0576aa
 def open_services(urls: str) -> dict[str, Any]:
-    "Address -> service, for the addresses of `MUR_ALERT_URLS` (separated by blanks or commas); a wrong one is named by its number."
+    "Address -> service, for the addresses of `MUR_ALERT_URLS`; a wrong one is named by its number."
     if not urls.strip():
         return {}
     with _quiet():
         try:
             import apprise
         except ModuleNotFoundError:
-            raise SettingsError(
-                "MUR_ALERT_URLS is set, but apprise is not installed; run: pip install 'make_us_rich[schedule]'"
-            ) from None
+            remedy = "run: pip install 'make_us_rich[schedule]'"
+            raise SettingsError(f"MUR_ALERT_URLS is set, but apprise is not installed; {remedy}") from None
         found = {}
         for number, url in enumerate(urls.replace(",", " ").split(), 1):
             service = apprise.Apprise.instantiate(url)
             if service is None:
-                raise SettingsError(
-                    f"address {number} of MUR_ALERT_URLS is none that apprise knows; see https://appriseit.com/services/"
-                )
+                problem = f"address {number} of MUR_ALERT_URLS is none that apprise knows"
+                raise SettingsError(f"{problem}; see https://appriseit.com/services/")
             found[url] = service
     return found
 
@@ -92,7 +92,8 @@ order, sent = json.load(sys.stdin), 0
 service = apprise.Apprise.instantiate(order["url"])
 for message in order["messages"]:
     try:
-        went = service.notify(title="Make Us Rich: " + message["title"], body=message["text"], notify_type=message["kind"])
+        told = {"body": message["text"], "notify_type": message["kind"]}
+        went = service.notify(title="Make Us Rich: " + message["title"], **told)
     except Exception:
         went = False
     if not went:
@@ -198,20 +199,21 @@ class Alerts:
             self.deliver()
 
     def _keep(self) -> None:
+        "Write the file; a full disk is what some alert is about, so that one must go out all the same."
         try:
             write_state(self.path, self.open, self.waiting)
-        except OSError as e:  # a full disk is what some alert is about: it must go out all the same
-            log.warning(
-                "%s cannot be written (%s); after a restart alerts may be told a second time", self.path, e.strerror
-            )
+        except OSError as e:
+            risk = "after a restart alerts may be told a second time"
+            log.warning("%s cannot be written (%s); %s", self.path, e.strerror, risk)
 
     def _post(self, title: str, text: str, kind: str) -> None:
+        "Put a message among those that wait."
         (log.warning if kind == "warning" else log.info)("alert: %s: %s", title, text)
         if self._urls:
             self.waiting = [*self.waiting, Message(title, text, kind, list(self._urls))][-KEEP_MESSAGES:]
 
     def deliver(self) -> bool:
-        "Send what waits, in order; a service that fails is asked again later, after longer and longer pauses. True if nothing waits any more."
+        "Send what waits, in order; a service that fails is asked again later. True if nothing waits any more."
         with self._lock:
             before = sum(len(message.to) for message in self.waiting)
             for number, mark in enumerate(self._urls, 1):
@@ -225,6 +227,7 @@ class Alerts:
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #834738d8
 def _deliver_to(alerts: Alerts, number: int, mark: str, messages: list[Message]) -> None:
+    "Send to one service; what it took does not wait for it any more."
     sent = send_messages(alerts._urls[mark], [{"title": m.title, "text": m.text, "kind": m.kind} for m in messages])
     for message in messages[:sent]:
         message.to.remove(mark)
@@ -242,15 +245,14 @@ def send_test(urls: str) -> list[tuple[str, bool]]:
     "Send a test message to every address; (name of the service, did it accept)."
     services = open_services(urls)
     if not services:
-        raise SettingsError(
-            "MUR_ALERT_URLS is empty, so nobody would be told; set it, for example to tgram://TOKEN/CHAT or mailto://..."
-        )
+        remedy = "set it, for example to tgram://TOKEN/CHAT or mailto://..."
+        raise SettingsError(f"MUR_ALERT_URLS is empty, so nobody would be told; {remedy}")
     text = "This is a test. Troubles will arrive here once each, and once more when they are over."
     message = {"title": "test", "text": text, "kind": "info"}
     return [(str(service.service_name), send_messages(url, [message]) == 1) for url, service in services.items()]
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #9435965e
-def beat(url: str, well: bool = True, timeout: float = 5.0) -> bool:
+def send_heartbeat(url: str, well: bool = True, timeout: float = 5.0) -> bool:
     "Call the heartbeat address (nothing happens without one); whether it was heard. Never raises, never shows the address."
     if not url:
         return False
@@ -267,27 +269,28 @@ def beat(url: str, well: bool = True, timeout: float = 5.0) -> bool:
 # %% ../../nbs/09_schedule/02_alerts.ipynb #e5070f34
 @dataclass(frozen=True)
 class Watched:
-    "A pair that is retrained on a schedule: how often, and since when it is expected."
+    "A series that is retrained on a schedule: how often, and since when it is expected."
 
-    pair: str
-    interval: str
+    series: Series
     recipe: str
     every: pd.Timedelta
     since: pd.Timestamp
 
     @property
-    def name(self) -> str:
-        "`BTC_USDT/1h/default`, the end of a key."
-        return f"{self.pair}/{self.interval}/{self.recipe}"
+    def key(self) -> str:
+        "`BTC_USDT/1h/default`, the end of a condition's key."
+        return f"{self.series}/{self.recipe}"
+
+
+def _rows_of(table: Any, series: Series) -> tuple[Any, Any]:
+    "The conditions that choose what a table says of a series."
+    return table.pair == str(series.pair), table.interval == str(series.interval)
 
 
 def _newest_runs(s: Session, each: Watched, limit: int, states: Sequence[str]) -> list[RunRow]:
-    mine = select(RunRow).where(
-        RunRow.pair == each.pair,
-        RunRow.interval == each.interval,
-        RunRow.recipe == each.recipe,
-        RunRow.state.in_(states),
-    )
+    "The runs of a series and a recipe that ended so, the newest cut-off first."
+    mine = select(RunRow).where(*_rows_of(RunRow, each.series))
+    mine = mine.where(RunRow.recipe == each.recipe, RunRow.state.in_(states))
     return list(s.scalars(mine.order_by(RunRow.cutoff.desc(), RunRow.id.desc()).limit(limit)))
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #9b493d65
@@ -297,13 +300,16 @@ def failed_runs(s: Session, watched: Iterable[Watched]) -> list[Condition]:
     for each in watched:
         newest = _newest_runs(s, each, 1, ("published", "refused", "failed", "abandoned"))
         if newest and newest[0].state in ("failed", "abandoned") and newest[0].retry_at is None:
-            row = newest[0]
-            where = f" See {row.notebook}." if row.notebook else ""
-            text = f"{row.reason}. Cut-off {utc_iso(row.cutoff)}, {row.attempts} {'try' if row.attempts == 1 else 'tries'} on {row.host.partition('/')[0]}.{where}"
-            found.append(
-                Condition(f"run/{each.name}", f"{each.pair}: the run with recipe {each.recipe} {row.state}", text)
-            )
+            title = f"{each.series.name}: the run with recipe {each.recipe} {newest[0].state}"
+            found.append(Condition(f"run/{each.key}", title, _account_of(newest[0])))
     return found
+
+
+def _account_of(row: RunRow) -> str:
+    "Why a run failed, after how many tries, and where its notebook is."
+    tries = f"{row.attempts} {'try' if row.attempts == 1 else 'tries'} on {row.host.partition('/')[0]}"
+    where = f" See {row.notebook}." if row.notebook else ""
+    return f"{row.reason}. Cut-off {utc_iso(row.cutoff)}, {tries}.{where}"
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #2d211101
 REFUSALS = 6  # refusals in a row before somebody is told
@@ -316,9 +322,8 @@ def refused_runs(s: Session, watched: Iterable[Watched], times: int = REFUSALS) 
         newest = _newest_runs(s, each, times, ("published", "refused"))
         if len(newest) == times and all(row.state == "refused" for row in newest):
             text = f"The champion keeps serving and grows old. The last reason: {newest[0].reason}"
-            found.append(
-                Condition(f"refused/{each.name}", f"{each.pair}: the gate refused {times} candidates in a row", text)
-            )
+            title = f"{each.series.name}: the gate refused {times} candidates in a row"
+            found.append(Condition(f"refused/{each.key}", title, text))
     return found
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #7c370d2a
@@ -326,14 +331,14 @@ def demoted_champions(s: Session, watched: Iterable[Watched]) -> list[Condition]
     "Rule `demoted`: a champion was taken back and no model was published since."
     found = {}
     for each in watched:
-        mine = select(Demotion).where(Demotion.pair == each.pair, Demotion.interval == each.interval)
+        mine = select(Demotion).where(*_rows_of(Demotion, each.series))
         last = s.scalars(mine.order_by(Demotion.at.desc()).limit(1)).first()
         published = _newest_runs(s, each, 1, ("published",))
         if last is not None and not (published and (published[0].finished_at or published[0].started_at) > last.at):
-            text = f"{last.reason}. {last.from_version or 'The champion'} was replaced by {last.to_version or 'no model'} at {utc_iso(last.at)}."
-            found[f"demoted/{each.pair}/{each.interval}"] = Condition(
-                f"demoted/{each.pair}/{each.interval}", f"{each.pair}: champion demoted", text
-            )
+            change = f"{last.from_version or 'The champion'} was replaced by {last.to_version or 'no model'}"
+            text = f"{last.reason}. {change} at {utc_iso(last.at)}."
+            key = f"demoted/{each.series}"
+            found[key] = Condition(key, f"{each.series.name}: champion demoted", text)
     return list(found.values())
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #217f1e39
@@ -347,48 +352,42 @@ def silent_runs(s: Session, watched: Iterable[Watched], now: pd.Timestamp) -> li
         newest = _newest_runs(s, each, 1, ("published", "refused"))
         last = max(newest[0].cutoff if newest else each.since, each.since)
         if now - last > PATIENCE * each.every + pd.Timedelta("5min"):
-            what = (
-                f"the last one knows the candles up to {utc_iso(newest[0].cutoff)}" if newest else "there never was one"
-            )
-            title = f"{each.pair}: no training with recipe {each.recipe} was completed for {_duration(now - last)}"
-            found.append(
-                Condition(
-                    f"retrain/{each.name}",
-                    title,
-                    f"One is expected every {_duration(each.every)}; {what}. See `mkrich runs {each.pair}`.",
-                )
-            )
+            what = "there never was one"
+            if newest:
+                what = f"the last one knows the candles up to {utc_iso(newest[0].cutoff)}"
+            since = _duration(now - last)
+            title = f"{each.series.name}: no training with recipe {each.recipe} was completed for {since}"
+            text = f"One is expected every {_duration(each.every)}; {what}. See `mkrich runs {each.series.pair}`."
+            found.append(Condition(f"retrain/{each.key}", title, text))
     return found
 
 
 def _duration(time: pd.Timedelta) -> str:
+    "A span in the unit that a person would take."
     minutes = int(time.total_seconds() // 60)
-    return (
-        f"{minutes} min" if minutes < 120 else f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} days"
-    )
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} days"
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #3129ff33
 def silent_forecasts(s: Session, watched: Iterable[Watched], now: pd.Timestamp) -> list[Condition]:
-    "Rule `forecast`: no forecast was issued, or only abstentions, for three candles. Rule of absence: pairs that never had one are left out."
+    "Rule `forecast`: no forecast, or only abstentions, for three candles; series that never had one are left out."
     found = {}
     for each in watched:
-        mine = select(ForecastRow.target_open, ForecastRow.status, ForecastRow.reason).where(
-            ForecastRow.pair == each.pair, ForecastRow.interval == each.interval
-        )
-        newest = s.execute(mine.order_by(ForecastRow.target_open.desc()).limit(PATIENCE)).all()
+        mine = select(ForecastRow.target_open, ForecastRow.status, ForecastRow.reason)
+        mine = mine.where(*_rows_of(ForecastRow, each.series)).order_by(ForecastRow.target_open.desc())
+        newest = s.execute(mine.limit(PATIENCE)).all()
         if not newest:
             continue
-        key, step = f"forecast/{each.pair}/{each.interval}", pd.Timedelta(each.interval)
-        if now - newest[0].target_open > PATIENCE * step:
-            text = f"The last one was for the candle that opened at {utc_iso(newest[0].target_open)}. Is `mkrich serve` running?"
-            found[key] = Condition(
-                key, f"{each.pair}: no forecast was made for {_duration(now - newest[0].target_open)}", text
-            )
+        key, last = f"forecast/{each.series}", newest[0]
+        if now - last.target_open > PATIENCE * each.series.interval.delta:
+            title = f"{each.series.name}: no forecast was made for {_duration(now - last.target_open)}"
+            text = f"The last one was for the candle that opened at {utc_iso(last.target_open)}."
+            found[key] = Condition(key, title, f"{text} Is `mkrich serve` running?")
         elif len(newest) == PATIENCE and all(row.status == "abstain" for row in newest):
-            text = f"The reason: {newest[0].reason}. Forecasts come back by themselves when it is gone."
-            found[key] = Condition(
-                key, f"{each.pair}: no numbers for the last {PATIENCE} candles ({newest[0].reason})", text
-            )
+            title = f"{each.series.name}: no numbers for the last {PATIENCE} candles ({last.reason})"
+            text = f"The reason: {last.reason}. Forecasts come back by themselves when it is gone."
+            found[key] = Condition(key, title, text)
     return list(found.values())
 
 
@@ -396,21 +395,15 @@ def silent_settlements(s: Session, watched: Iterable[Watched], now: pd.Timestamp
     "Rule `settle`: forecasts whose candle closed three candles ago were not compared with it."
     found = {}
     for each in watched:
-        late, old = now - PATIENCE * pd.Timedelta(each.interval), now - pd.Timedelta("7D")
-        mine = (
-            ForecastRow.pair == each.pair,
-            ForecastRow.interval == each.interval,
-            ForecastRow.status == "ok",
-            ForecastRow.settled_at.is_(None),
-        )
-        count = (
-            s.scalar(select(func.count()).where(*mine, ForecastRow.target_close < late, ForecastRow.target_close > old))
-            or 0
-        )
-        if count:
-            key = f"settle/{each.pair}/{each.interval}"
-            text = "Their candles have closed long ago, so the shown record is not complete. Is `mkrich serve` running, does the exchange answer?"
-            found[key] = Condition(key, f"{each.pair}: {count} forecasts wait for their settlement", text)
+        late, old = now - PATIENCE * each.series.interval.delta, now - pd.Timedelta("7D")
+        waits = (ForecastRow.status == "ok", ForecastRow.settled_at.is_(None))
+        due = (ForecastRow.target_close < late, ForecastRow.target_close > old)
+        mine = select(func.count()).where(*_rows_of(ForecastRow, each.series), *waits, *due)
+        if count := s.scalar(mine):
+            key = f"settle/{each.series}"
+            title = f"{each.series.name}: {count} forecasts wait for their settlement"
+            text = "Their candles have closed long ago, so the shown record is not complete."
+            found[key] = Condition(key, title, f"{text} Is `mkrich serve` running, does the exchange answer?")
     return list(found.values())
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #bcdabc2b
@@ -421,7 +414,8 @@ def low_disk(folders: Iterable[Path], least: int = 1 << 30) -> list[Condition]:
         place = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), Path("/"))
         free = shutil.disk_usage(place).free
         if free < least:
-            text = f"{free / 1e6:,.0f} MB are free, below {least / 1e6:,.0f} MB runs may fail. Old runs go by themselves after their time; free some room."
+            text = f"{free / 1e6:,.0f} MB are free, below {least / 1e6:,.0f} MB runs may fail."
+            text += " Old runs go by themselves after their time; free some room."
             device = place.stat().st_dev
             found[device] = Condition(f"disk/{device}", f"the disk of {place} is nearly full", text)
     return list(found.values())

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine
 from ..core.settings import StoreError, log, utc_iso
 from ..core.tables import Demotion
 from ..core.database import session
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Pair, Series
 from ..registry.versions import UNUSABLE
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
@@ -77,7 +77,7 @@ def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str)
         if step.version in tainted:
             continue
         try:
-            return store.rollback(pointer.pair, pointer.interval, to=step.version, reason=reason)
+            return store.rollback(pointer.series, to=step.version, reason=reason)
         except StoreError as e:
             if e.reason not in UNUSABLE:
                 raise
@@ -89,7 +89,7 @@ def circuit_breaker(
     engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, now: pd.Timestamp
 ) -> Demoted | None:
     "Take the champion out of service if its live record is bad; None if nothing had to be done."
-    name, found = str(Pair.parse(pair)), serving_champion(store, pair, interval)
+    name, found = str(Pair.parse(pair)), serving_champion(store, Series.parse(pair, interval))
     if found is None:
         return None
     owner, pointer = found
@@ -101,7 +101,7 @@ def circuit_breaker(
     if not bad:
         return None
     tainted = {d.from_version for d in before} | {pointer.version}
-    to = "" if owner == POOLED != Pair.parse(pair) else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
+    to = "" if owner.pair == POOLED != Pair.parse(pair) else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
     with session(engine) as s:
         s.add(
             Demotion(pair=name, interval=str(interval), at=now, from_version=pointer.version, to_version=to, reason=bad)

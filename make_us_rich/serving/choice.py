@@ -36,7 +36,7 @@ def build_model(store: ModelStore, pointer: Pointer, number: int) -> tuple[Remem
     "The model of the champion (0) or of one before it, tried and proven, with its bundle; or what is wrong with it."
     step = pointer.steps[number]
     try:
-        bundle = load_bundle(store.objects, pointer.pair, pointer.interval, step.version, step.manifest_sha256)
+        bundle = load_bundle(store.objects, pointer.series, step.version, step.manifest_sha256)
     except StoreError as e:
         if e.reason not in UNUSABLE:
             raise

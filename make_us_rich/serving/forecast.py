@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ..market.series import Pair
+from ..market.series import Series
 from ..models.baselines import LEVELS, RANGES
 from ..registry.manifest import Manifest
 from ..registry.store import pooled_note
@@ -43,11 +43,11 @@ def reliability_sentence(scores: Iterable[dict[str, Any]], interval: str = "1h")
     return f"On {int(own['n'])} {tested} its ranges {verdict} and the 80 % range held {share}; live record: none yet."
 
 # %% ../../nbs/06_serving/01_forecast.ipynb #471b183a
-def caveats(pair: str | Pair, manifest: Manifest) -> str:
+def caveats(series: str | Series, manifest: Manifest) -> str:
     "What a reader should know before the figures: pooled, fallback, or an interval that the design was not measured on; often empty."
     is_fallback = manifest.recipe.get("name") == "HAR-t"
     notes = [
-        pooled_note(pair, manifest),
+        pooled_note(series, manifest),
         "It is the fallback HAR-t, a volatility model without a view on the direction: no network serves this pair now."
         if is_fallback
         else "",
@@ -58,9 +58,9 @@ def caveats(pair: str | Pair, manifest: Manifest) -> str:
     return " ".join(note for note in notes if note)
 
 
-def reliability_text(pair: str | Pair, manifest: Manifest) -> str:
+def reliability_text(series: str | Series, manifest: Manifest) -> str:
     "The caveats, then `reliability_sentence`."
-    return " ".join(filter(None, [caveats(pair, manifest), reliability_sentence(manifest.scores, manifest.interval)]))
+    return " ".join(filter(None, [caveats(series, manifest), reliability_sentence(manifest.scores, manifest.interval)]))
 
 # %% ../../nbs/06_serving/01_forecast.ipynb #b0bb8d8a
 class Forecast(BaseModel):

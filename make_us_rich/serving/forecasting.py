@@ -21,12 +21,13 @@ from make_us_rich.core.settings import (
     system_clock,
     utc_iso,
 )
-from ..market.series import Interval, Pair
+from ..market.series import Interval, Pair, Series
 from ..market.candles import SAMPLE_LABEL, VALUE_COLUMNS, CandleReport, Gap, find_gaps
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore, Provenance
 from ..models.baselines import LEVELS, MEDIAN, RANGES
 from ..evaluation.calibration import online_width
+from ..registry.versions import as_arguments
 from ..registry.store import ModelStore, serving_champion
 from ..registry.served_model import ROLL_BACK, OnnxModel
 from make_us_rich.serving.forecast import (
@@ -44,30 +45,26 @@ class ModelLoader:
 
     def __init__(self, store: ModelStore) -> None:
         self.store = store
-        self._loaded: dict[tuple[str, str], tuple[str, OnnxModel]] = {}
+        self._loaded: dict[Series, tuple[str, OnnxModel]] = {}
 
-    def get(self, pair: str | Pair, interval: str = "1h", version: str | None = None) -> OnnxModel:
+    def get(self, series: str | Series, version: str | None = None) -> OnnxModel:
         "The model of `version`, or of the champion; `ForecastUnavailable` if there is none, `StoreError` if it is broken."
-        pair, key = Pair.parse(pair), (str(Pair.parse(pair)), str(interval))
+        series = Series.parse(series)
         if version is not None:
-            return OnnxModel(self.store.load(*key, version))
-        found = serving_champion(self.store, pair, key[1])
+            return OnnxModel(self.store.load(series, version))
+        found = serving_champion(self.store, series)
         if found is None:
-            option = "" if key[1] == "1h" else f" --interval {interval}"
-            raise ForecastUnavailable(
-                f"no model of {pair} {interval} is published yet; train one with `mkrich train {pair}{option}`",
-                reason="no_model",
-            )
+            rule = f"no model of {series.pair} {series.interval} is published yet"
+            raise ForecastUnavailable(f"{rule}; train one with `mkrich train {as_arguments(series)}`", "no_model")
         owner, pointer = found
-        key = (str(owner), key[1])
-        held = self._loaded.get(key)
+        held = self._loaded.get(owner)
         if held is None or held[0] != pointer.version:
             try:
-                held = self._loaded[key] = (pointer.version, OnnxModel(self.store.load(*key)))
+                held = self._loaded[owner] = (pointer.version, OnnxModel(self.store.load(owner)))
             except StoreError as e:
-                if held is None:
+                if held is None or held[0] in pointer.withdrawn:
                     raise
-                log.warning("version %s of %s is broken, %s keeps serving: %s", pointer.version, pair, held[0], e)
+                log.warning("version %s of %s is broken, %s keeps serving: %s", pointer.version, series, held[0], e)
         return held[1]
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #c3fe895e
@@ -126,13 +123,13 @@ def forecast_pair(
     pair, step = Pair.parse(pair), Interval.parse(interval)
     facts: dict[str, Any] = {"pair": str(pair), "interval": str(step)}
     try:
-        model = (store if isinstance(store, ModelLoader) else ModelLoader(store)).get(pair, str(step))
+        model = (store if isinstance(store, ModelLoader) else ModelLoader(store)).get(Series(pair, step))
     except ForecastUnavailable as e:
         return Forecast(**facts, status="abstain", reason=e.reason, sentence=str(e))
     advice = ""
     if client is not None:
         try:
-            candles.update(client, pair, str(step), rows=model.window + WIDTH_ROWS)
+            candles.update(client, Series(pair, step), rows=model.window + WIDTH_ROWS)
             now = now or client.now()
         except ExchangeError as e:
             advice = f" ({e})"
@@ -140,7 +137,7 @@ def forecast_pair(
             return Forecast(**facts, status="abstain", reason=e.reason, sentence=str(e))
     now = now or system_clock()
     try:
-        frame, source = candles.read(pair, str(step)), candles.info(pair, str(step)).source
+        frame, source = candles.read(Series(pair, step)), candles.info(Series(pair, step)).source
     except CandleError as e:
         return Forecast(**facts, status="abstain", reason=e.reason, sentence=f"{e}{advice}")
     frame = (
@@ -165,7 +162,7 @@ def _facts_of(pair: Pair, model: OnnxModel, source: str, now: pd.Timestamp) -> d
         "run_id": m.run_id,
         "source": source,
         "label": label,
-        "reliability": reliability_text(pair, m),
+        "reliability": reliability_text(str(pair), m),
     }
 
 
@@ -211,7 +208,7 @@ class HeldModel(ModelLoader):
     def __init__(self, model: OnnxModel | None, why: str = "", reason: str = "no_model") -> None:
         self.model, self.why, self.reason = model, why, reason
 
-    def get(self, pair: str | Pair, interval: str = "1h", version: str | None = None) -> OnnxModel:
+    def get(self, series: str | Series, version: str | None = None) -> OnnxModel:
         "The model in hand."
         if self.model is None:
             raise ForecastUnavailable(self.why, self.reason)
@@ -228,8 +225,17 @@ class HeldCandles(CandleStore):
         "The table in hand."
         return self.frame
 
-    def info(self, pair: str | Pair, interval: str | Interval = "1h") -> Provenance:
+    def info(self, series: Series | str) -> Provenance:
         "Its source; the other facts are not known."
+        series = Series.parse(series)
         return Provenance(
-            str(pair), str(interval), self.held_source, [], 0, "", pd.Timestamp(0, tz="UTC"), False, CandleReport()
+            str(series.pair),
+            str(series.interval),
+            self.held_source,
+            [],
+            0,
+            "",
+            pd.Timestamp(0, tz="UTC"),
+            False,
+            CandleReport(),
         )

@@ -21,10 +21,10 @@ import pandas as pd
 
 from ..core.settings import ExchangeError, MakeUsRichError, StoreError, log, utc_iso
 from ..core.storage import replace as put_object
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Pair, Series
 from ..market.candles import COLUMNS
 from ..market.candle_store import CandleStore
-from ..market.clock import Market
+from ..market.rate_pause import Market
 from ..registry.versions import Bundle
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
@@ -146,7 +146,7 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
         try:
             if now < market.rest_until:
                 raise ExchangeError(market.problem)
-            last = parts.candles.update(market, state.pair, state.interval, rows=state.rows).last
+            last = parts.candles.update(market, Series(state.pair, state.interval), rows=state.rows).last
             newest = None if last is None else last + state.interval.delta
             state.problems.pop("exchange", None)
             market.back = now if market.problem else market.back
@@ -157,7 +157,7 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
                 market.problem = str(e)
         now = parts.now
         due, state.misses = next_fetch(newest, now, state.interval, state.misses, parts.jitter())
-        state.fetch_due = max(due, now + pd.Timedelta(seconds=market.breaker.left()[0]))
+        state.fetch_due = max(due, now + pd.Timedelta(seconds=market.pause.left()[0]))
         if market.problem and now >= market.rest_until:
             market.rest_until = state.fetch_due - pd.Timedelta("1ms")
     return True
@@ -166,8 +166,8 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
 def read_candles_of(parts: Parts, state: PairState) -> pd.DataFrame:
     "The stored candles that have closed; an empty table if there are none."
     try:
-        frame = parts.candles.read(state.pair, state.interval)
-        state.source = state.source or parts.candles.info(state.pair, state.interval).source
+        frame = parts.candles.read(Series(state.pair, state.interval))
+        state.source = state.source or parts.candles.info(Series(state.pair, state.interval)).source
     except MakeUsRichError as e:
         state.problems.setdefault("exchange", str(e))
         return pd.DataFrame({name: [] for name in COLUMNS}).astype({"timestamp": "datetime64[ms, UTC]"})
@@ -246,7 +246,7 @@ def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Ti
 def pooled_versions(parts: Parts, state: PairState) -> set[str]:
     "Versions of the pooled model: what it said about this hour before the pair got a model of its own stays."
     try:
-        pointer = parts.store.champion(POOLED, state.interval)
+        pointer = parts.store.champion(Series(POOLED, state.interval))
     except StoreError:
         return set()
     return {step.version for step in pointer.steps} if pointer else set()
@@ -256,7 +256,7 @@ def reliability_of(state: PairState) -> str:
     "What the tests said about the model, and what the live record says about the pair."
     if state.model is None:
         return ""
-    tested = reliability_text(state.pair, state.model.manifest)
+    tested = reliability_text(str(state.pair), state.model.manifest)
     return tested if state.record is None else tested.replace("live record: none yet", record_sentence(state.record))
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #6f27a841
@@ -322,12 +322,12 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     "Follow the pointer: swap to another version if there is a usable one; trouble is remembered, and the serving version stays."
     store: ModelStore | None = parts.store
     try:
-        found = serving_champion(parts.store, *state.name)
+        found = serving_champion(parts.store, Series(state.pair, state.interval))
         state.problems.pop("store", None)
     except StoreError as e:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
-        found = serving_champion(store, *state.name) if store else None
+        found = serving_champion(store, Series(state.pair, state.interval)) if store else None
         found = (
             (found[0], found[1].model_copy(update={"seq": 1})) if found else None
         )  # the copy counts for itself; any pointer of the store is newer
@@ -384,7 +384,7 @@ def keep_last_good(parts: Parts, store: ModelStore, bundle: Bundle | None) -> No
         return
     try:
         parts.last_good.publish(bundle.manifest, bundle.model)
-        parts.last_good.rollback(bundle.manifest.pair, bundle.manifest.interval, to=bundle.version, reason="last good")
+        parts.last_good.rollback(bundle.manifest.series, to=bundle.version, reason="last good")
         parts.last_good.clean(keep=3)
     except MakeUsRichError as e:
         log.warning("the local copy of %s could not be kept: %s", bundle.version, e)

@@ -32,8 +32,9 @@ from ..core.database import connect, migrate, ping
 from ..market.series import Interval, Pair
 from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
-from ..market.clock import Breaker, Market, running_clock
-from ..registry.store import ModelStore, served_pairs
+from ..market.clock import RunningClock
+from ..market.rate_pause import Market, RatePause
+from ..registry.store import ModelStore, served_series
 from .verify import Ledger
 from .events import Subscription
 from .refresh import LONG_AGO, Answer, PairState, Parts, look_for_model, refresh
@@ -51,7 +52,7 @@ def make_parts(
     client = client or BinanceClient(settings.exchange_url)
     host = re.sub(r"[^A-Za-z0-9.-]", "-", shown(settings.exchange_url).partition("://")[2])[:80]
     market = Market(
-        client, Breaker(settings.home / f"pause-{host}.json", clock or system_clock), clock or running_clock()
+        client, RatePause(settings.home / f"pause-{host}.json", clock or system_clock), clock or RunningClock()
     )
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
     last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None
@@ -70,10 +71,10 @@ def make_parts(
 def find_pairs(parts: Parts) -> tuple[set[tuple[str, str]], str]:
     "Pairs and intervals to serve, and what is wrong with the store: those with a model, and with a pooled model all whose candles are stored."
     try:
-        found, problem = parts.store.pairs(), ""
+        found, problem = parts.store.series(), ""
     except StoreError as e:
-        found, problem = parts.last_good.pairs() if parts.last_good else [], str(e)
-    return set(served_pairs(found, parts.candles.root)), problem
+        found, problem = parts.last_good.series() if parts.last_good else [], str(e)
+    return {(str(s.pair), str(s.interval)) for s in served_series(found, parts.candles.root)}, problem
 
 # %% ../../nbs/06_serving/10_service.ipynb #4adc677d
 def pair_status(parts: Parts, state: PairState) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def service_status(service: Service) -> dict[str, Any]:
         ping(service.engine)
     except StoreError as e:
         database = str(e)
-    seconds, why = service.parts.market.breaker.left()
+    seconds, why = service.parts.market.pause.left()
     pairs = [pair_status(service.parts, state) for state in service.states.values()]
     return {
         "ready": not database and any(p["model_version"] for p in pairs),

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 from ..core.settings import Clock, StoreError, system_clock, utc_iso
 from ..core.tables import ForecastRow
 from ..core.database import session
-from ..market.series import POOLED, Interval, Pair
+from ..market.series import POOLED, Interval, Pair, Series
 from ..market.candle_store import CandleStore
 from ..registry.versions import UNUSABLE
 from ..registry.store import ModelStore
@@ -103,7 +103,7 @@ def verify_record(
     since: pd.Timestamp | None = None,
 ) -> Verification:
     "Recompute the forecasts on record; `StoreError` (reason `record_differs`) lists those that come out differently."
-    name, frame, step = str(Pair.parse(pair)), candles.read(pair, interval), Interval.parse(interval)
+    name, frame, step = str(Pair.parse(pair)), candles.read(Series.parse(pair, interval)), Interval.parse(interval)
     query = select(ForecastRow).where(
         ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok"
     )
@@ -131,7 +131,7 @@ def _stored(store: ModelStore, pair: str, interval: str, version: str) -> OnnxMo
     "The model of a version, the pair's own or the pooled one; None if it is no longer stored."
     for owner in (pair, POOLED):
         try:
-            return RememberedModel(OnnxModel(store.load(owner, interval, version)))
+            return RememberedModel(OnnxModel(store.load(Series.parse(owner, interval), version)))
         except StoreError as e:
             if e.reason not in UNUSABLE:
                 raise

@@ -26,7 +26,7 @@ from make_us_rich.core.tables import Base, Demotion, ForecastRow, Token, Usage, 
 
 NOON = pd.Timestamp("2026-11-23T12:00:00.000001Z")
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["make_us_rich.database", "alembic.command", "psycopg", "pytest"])
+SPAWN.set_forkserver_preload([database.__name__, "alembic.command", "psycopg", "pytest"])
 SECRET_WORDS = re.compile(r"INSERT|SELECT|VALUES|sqlite3|psycopg|canary|\[SQL|\n", re.I)
 
 
@@ -428,7 +428,7 @@ def test_importing_the_database_opens_and_imports_nothing_heavy():
     import subprocess
     import sys
 
-    code = "import sys, make_us_rich.database; print([m for m in ('torch', 'alembic', 'psycopg', 'fastapi') if m in sys.modules])"
+    code = "import sys, make_us_rich.core.database; print([m for m in ('torch', 'alembic', 'psycopg', 'fastapi') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

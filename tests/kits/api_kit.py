@@ -111,7 +111,7 @@ def make_world(home: Path, url: str = "", clock=lambda: NOW, wait: float = 5.0, 
     service.states = {("BTC_USDT", "1h"): state}
     if candles:
         with ReplayServer({"BTC_USDT": load_sample("BTC_USDT")}, now=NOW, label=SAMPLE_LABEL) as exchange:
-            service.parts.candles.update(BinanceClient(exchange.url), "BTC_USDT", "1h", rows=candles)
+            service.parts.candles.update(BinanceClient(exchange.url), "BTC_USDT", rows=candles)
     app = create_app(service, engine, settings, clock, ticks=lambda: ticks[0], **options)
     world = World(settings, engine, service, app, make_people(engine), ticks)
     world.show(a_forecast())

@@ -165,7 +165,7 @@ def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
     service.ledger.clock = lambda: now
     with ReplayServer(frames, now=now, label=SAMPLE_LABEL) as exchange:
         for pair in PAIRS:
-            service.parts.candles.update(BinanceClient(exchange.url), pair, "1h", rows=hours + 60)
+            service.parts.candles.update(BinanceClient(exchange.url), pair, rows=hours + 60)
     for pair in PAIRS:
         _fill(service, pair, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
     _add_runs(engine, home, now)

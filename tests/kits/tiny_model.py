@@ -76,7 +76,7 @@ def publish(
     )
     version = store.publish(manifest, _marked(mark))
     if promote:
-        store.promote(pair, "1h", version)
+        store.promote(pair, version)
     return version
 
 

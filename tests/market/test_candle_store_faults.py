@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from waiting import LONG, wait_for
 
-from make_us_rich import settings
+from make_us_rich.core import storage
 from make_us_rich.core.settings import CandleError, StoreError
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import check_candles, content_hash, fake_candles
@@ -30,7 +30,7 @@ def fresh():
     """Processes that start from a warm, thread-free parent: a killed one costs milliseconds, not an import of pandas."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pytest", "make_us_rich.candle_store", "make_us_rich.exchange", "make_us_rich.replay"]
+        ["pytest", CandleStore.__module__, BinanceClient.__module__, ReplayServer.__module__]
     )
     return context
 
@@ -145,8 +145,8 @@ def mortal(step: int) -> list[int]:
     os.fdopen = open_deadly
     os.fsync = deadly(os.fsync)
     os.replace = deadly(os.replace)
-    assert settings.os is os
-    assert settings.tempfile is tempfile
+    assert storage.os is os
+    assert storage.tempfile is tempfile
     return count
 
 

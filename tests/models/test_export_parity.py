@@ -23,7 +23,7 @@ from make_us_rich.models.export import INPUTS, check_graph, convert_model, open_
 from make_us_rich.models.features import CandleFeatures, OriginalFeatures, frame_tensors, windows
 from make_us_rich.models.network import CandleForecaster, LSTMRegressor, OriginalForecaster, QuantileHead, student4
 
-SHARED = Path(os.environ.get("SHARED_DATA") or Path(__file__).parents[2] / "shared/data")
+SHARED = Path(os.environ.get("SHARED_DATA") or Path(__file__).parents[3] / "shared/data")
 PRICES = [1e-5, 1e-3, 0.1, 1.0, 100.0, 1e5]
 
 
@@ -118,7 +118,7 @@ def test_same_model_same_bytes(real, tmp_path):
     "In another process, another folder and with another hash seed; and the exporter says nothing and leaves no file."
     here = Path(__file__).resolve().parent
     code = (
-        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import test_export_parity as t; "
+        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parents[1])!r}]; import test_export_parity as t; "
         "print(t.sha(t.convert_model(t.make_forecaster(), {'pair': 'BTC_USDT'})))"
     )
     env = os.environ | {"PYTHONHASHSEED": "5", "OMP_NUM_THREADS": "1"}

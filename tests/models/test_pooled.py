@@ -76,7 +76,7 @@ def publish(store: ModelStore, pooled: Pooled, frame: pd.DataFrame, weights: str
         pooled.forecaster, {"weights": pack_weights(pooled.forecaster) if weights is None else weights}
     )
     version = store.publish(manifest_of(pooled, model, frame), model)
-    store.promote(POOLED, "1h", version)
+    store.promote(POOLED, version)
     return version
 
 
@@ -196,7 +196,7 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
             own = store.publish(
                 manifest_of(pooled, tuned, new.iloc[:1_401], pair="NEW_USDT", run_id="own", scores=[]), tuned
             )
-            store.promote("NEW_USDT", "1h", own)
+            store.promote("NEW_USDT", own)
             assert service.update_models() == 1
             assert service.status()["pairs"][0]["model_version"] == own
             assert service.answer("NEW_USDT").forecast == first  # nobody withdrew what was said about this hour

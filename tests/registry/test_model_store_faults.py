@@ -68,7 +68,7 @@ def publish(url: str, hour: int, graph: bytes, run_id: str = "") -> str:
     "One run: publish and promote."
     store = ModelStore(url)
     version = store.publish(draft(hour, run_id), graph)
-    store.promote(PAIR, "1h", version)
+    store.promote(PAIR, version)
     return version
 
 
@@ -132,7 +132,9 @@ def serve() -> None:
 @pytest.fixture(scope="module")
 def run():
     "run([job, ...]) -> [answer or None, ...]; the jobs of one call run side by side."
-    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the helpers of tests/kits
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": paths}
+    server = subprocess.Popen([sys.executable, __file__], **pipes)
 
     def ask(jobs: list[dict]) -> list[dict | None]:
         server.stdin.write(json.dumps(jobs) + "\n")
@@ -266,7 +268,7 @@ def test_racers_in_memory():
         same = store.publish(draft(0, "same"), GRAPH + bytes([i]))
         own = store.publish(draft(i + 1), GRAPH + bytes([i]))
         try:
-            store.promote(PAIR, "1h", own)
+            store.promote(PAIR, own)
         except StoreError as e:
             return same, own, e.reason
         return same, own, "promoted"
@@ -441,8 +443,8 @@ def test_paths_never_leave_the_store(two, text):
     for call in (
         lambda: store.load(text),
         lambda: store.load(PAIR, text),
-        lambda: store.load(PAIR, "1h", text),
-        lambda: store.promote(PAIR, "1h", text),
+        lambda: store.load(PAIR, text),
+        lambda: store.promote(PAIR, text),
         lambda: store.rollback(PAIR, to=text),
         lambda: store.versions(text),
     ):

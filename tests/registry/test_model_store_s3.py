@@ -22,14 +22,12 @@ def url(s3, monkeypatch):  # noqa: F811
 def test_publish_promote_load_roll_back(url):
     first, second = publish(url, 1, GRAPH), publish(url, 2, GRAPH + b"2")
     store = ModelStore(url)
-    assert [i.version for i in store.versions(PAIR, "1h")] == [second, first] and store.champion(
-        PAIR, "1h"
-    ).version == second
-    assert store.load(PAIR, "1h").model == GRAPH + b"2"
-    store.rollback(PAIR, "1h", reason="worse than it looked")
-    assert store.champion(PAIR, "1h").version == first and store.load(PAIR, "1h").model == GRAPH
+    assert [i.version for i in store.versions(PAIR)] == [second, first] and store.champion(PAIR, "1h").version == second
+    assert store.load(PAIR).model == GRAPH + b"2"
+    store.rollback(PAIR, reason="worse than it looked")
+    assert store.champion(PAIR).version == first and store.load(PAIR).model == GRAPH
     with pytest.raises(StoreError, match="older cut-off"):
-        store.promote(PAIR, "1h", publish_only(url, 0))
+        store.promote(PAIR, publish_only(url, 0))
 
 
 def publish_only(url: str, hour: int, graph: bytes = GRAPH, run_id: str = "") -> str:
@@ -46,7 +44,7 @@ def test_eight_writers_of_one_run_make_one_version(url):
     with ThreadPoolExecutor(8) as pool:
         versions = set(pool.map(write, range(8)))
     whole = [
-        i.version for i in ModelStore(url).versions(PAIR, "1h") if not i.problem
+        i.version for i in ModelStore(url).versions(PAIR) if not i.problem
     ]  # a loser leaves its model, never a manifest
     assert len(versions) == 1 and whole == list(versions)
 
@@ -58,7 +56,7 @@ def test_eight_promotions_at_once_lose_no_step(url):
     def promote(version: str) -> str:
         together.wait()
         try:
-            ModelStore(url).promote(PAIR, "1h", version)
+            ModelStore(url).promote(PAIR, version)
         except StoreError as e:
             if e.reason != "older_cutoff":
                 raise
@@ -67,7 +65,7 @@ def test_eight_promotions_at_once_lose_no_step(url):
 
     with ThreadPoolExecutor(8) as pool:
         went = {v for v in pool.map(promote, versions) if v}
-    pointer = ModelStore(url).champion(PAIR, "1h")
+    pointer = ModelStore(url).champion(PAIR)
     assert pointer.version == versions[-1] and {s.version for s in pointer.steps} == went and pointer.seq == len(went)
 
 
@@ -75,11 +73,11 @@ def test_damaged_object_is_found_and_the_last_good_one_serves(url):
     first, second = publish(url, 1, GRAPH), publish(url, 2, GRAPH + b"2")
     objects = ModelStore(url).objects
     obstore.put(objects.store, f"{PAIR}/1h/{second}/model.onnx", b"half of it")
-    infos = {i.version: i.problem for i in ModelStore(url).versions(PAIR, "1h")}
+    infos = {i.version: i.problem for i in ModelStore(url).versions(PAIR)}
     assert infos[first] == "" and infos[second].startswith("model.onnx is missing or has another size")
     with pytest.raises(StoreError, match=r"model\.onnx has 10 bytes"):
-        ModelStore(url).load(PAIR, "1h", second)
-    assert ModelStore(url).load_champion(PAIR, "1h").version == first
+        ModelStore(url).load(PAIR, second)
+    assert ModelStore(url).load_champion(PAIR).version == first
 
 
 def test_wrong_keys_are_one_sentence(url, monkeypatch):

@@ -68,7 +68,7 @@ def kept(outcome):
 
 
 def versions(settings):
-    return [i for i in ModelStore(settings.store_url).versions("BTC_USDT", "1h") if not i.problem]
+    return [i for i in ModelStore(settings.store_url).versions("BTC_USDT") if not i.problem]
 
 
 def test_published_once_and_skipped_the_second_time(settings):  # F34
@@ -210,11 +210,11 @@ def test_two_starters_one_version(settings):  # F34
 def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
     outcome = start(settings, act_late="os.kill(os.getpid(), signal.SIGKILL)")
     store = ModelStore(settings.store_url)
-    assert outcome.state == "failed" and store.champion("BTC_USDT", "1h") is None
+    assert outcome.state == "failed" and store.champion("BTC_USDT") is None
     (left,) = versions(settings)
     again = start(settings)
     assert (again.state, again.version) == ("skipped", left.version)
-    assert store.champion("BTC_USDT", "1h").version == left.version
+    assert store.champion("BTC_USDT").version == left.version
 
 
 def test_rollback_is_respected(settings, exchange):
@@ -223,9 +223,9 @@ def test_rollback_is_respected(settings, exchange):
     try:
         second = start(settings)
         store = ModelStore(settings.store_url)
-        assert store.rollback("BTC_USDT", "1h") == first.version
+        assert store.rollback("BTC_USDT") == first.version
         assert start(settings).version == second.version  # skipped, and the pointer stays where a person has put it
-        assert store.champion("BTC_USDT", "1h").version == first.version
+        assert store.champion("BTC_USDT").version == first.version
     finally:
         exchange.clock.advance("-1h")
 

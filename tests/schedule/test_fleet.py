@@ -300,14 +300,14 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
                 monkeypatch.setenv(name, value)
         store = ModelStore(fleet.environment["MUR_MODELS_URL"])
         for pair, row in rows.items():
-            infos = store.versions(pair, "1h")
+            infos = store.versions(pair)
             whole = [i.version for i in infos if i.manifest and i.manifest.run_id == row.run_id]
             assert not [i for i in infos if i.manifest and i.manifest.run_id != row.run_id]
-            assert (row.state, whole, store.champion(pair, "1h").version) == (
-                "published",
-                [row.version],
-                row.version,
-            ), (pair, row.state, row.reason)
+            assert (row.state, whole, store.champion(pair).version) == ("published", [row.version], row.version), (
+                pair,
+                row.state,
+                row.reason,
+            )
         fleet.wait_for(
             lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
             "the end of all runs in Prefect",

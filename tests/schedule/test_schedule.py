@@ -129,7 +129,7 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
 
     page = Path(keep_page(fine, settings).page)
     assert page.name == "train.html" and outside_requests(page.read_text()) == [] and "A small run" in page.read_text()
-    assert ModelStore(settings.store_url).page("BTC_USDT", "1h", fine.version) == page.read_bytes()
+    assert ModelStore(settings.store_url).page("BTC_USDT", fine.version) == page.read_bytes()
 
 
 def test_a_version_that_is_gone_is_made_again_when_a_person_asks(settings, ledger, exchange):
@@ -160,7 +160,7 @@ def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
     )
     row = ledger.find(pooled.run_id)
     assert (row.pair, row.recipe, row.state, row.version) == ("POOLED_ALL", "pooled", "published", pooled.version)
-    assert ModelStore(settings.store_url).champion("POOLED_ALL", "1h").version == row.version
+    assert ModelStore(settings.store_url).champion("POOLED_ALL").version == row.version
     assert len(said) == 1 and said[0].startswith("GONE_USDT is not up to date for the pooled run: ")
     assert (settings.candles_dir / "BTC_USDT" / "1h.parquet").exists()
     plan = read_plan("- ETH_USDT")
@@ -187,7 +187,7 @@ def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypa
     again = recorded(settings, ledger, exchange, "BTC_USDT")
     row = ledger.find(first.run_id)
     assert (row.state, row.version, again.state) == ("published", first.version, "skipped")
-    assert len(ModelStore(settings.store_url).versions("BTC_USDT", "1h")) == 1
+    assert len(ModelStore(settings.store_url).versions("BTC_USDT")) == 1
 
 
 def test_two_machines_one_run(database_url):  # noqa: F811

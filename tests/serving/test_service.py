@@ -139,11 +139,11 @@ def test_swaps_with_every_fifth_version_bad(world):
     service.tick()
     forecast = service.answer("BTC_USDT").forecast
     assert (forecast.status, forecast.model_version) == ("ok", sound)
-    world.store.rollback("BTC_USDT", "1h")  # from the bad champion to the one that serves: nothing changes
+    world.store.rollback("BTC_USDT")  # from the bad champion to the one that serves: nothing changes
     world.set(1, seconds=30)
     service.tick()
     assert service.answer("BTC_USDT").forecast == forecast
-    world.store.rollback("BTC_USDT", "1h")
+    world.store.rollback("BTC_USDT")
     world.set(1, seconds=60)
     service.tick()  # withdrawn: the version before answers at once, and both answers are on record
     again = service.answer("BTC_USDT").forecast
@@ -159,7 +159,7 @@ def test_older_versions_and_older_pointers_are_not_followed(world, trusting):
     service = world.service()
     late = publish(world.store, "BTC_USDT", world.closed - 4 * HOUR, mark=2, promote=False)
     with pytest.raises(StoreError, match="older cut-off"):
-        world.store.promote("BTC_USDT", "1h", late)
+        world.store.promote("BTC_USDT", late)
     path.write_bytes(before)  # as a store that is not yet consistent may answer
     world.set(0, seconds=60)
     service.tick()
@@ -352,7 +352,7 @@ def test_a_bad_live_record_takes_the_champion_back(world, trusting):
     forecast = service.answer("BTC_USDT").forecast
     assert (forecast.status, forecast.model_version, forecast.target_open) == ("ok", old, utc_iso(world.closed + HOUR))
     assert json.loads(service.record_body("BTC_USDT"))["badge"]["colour"] == "red"
-    world.store.promote("BTC_USDT", "1h", new)  # somebody insists: it gets another week
+    world.store.promote("BTC_USDT", new)  # somebody insists: it gets another week
     world.set(2)
     service.tick()
     assert service.answer("BTC_USDT").forecast.model_version == new

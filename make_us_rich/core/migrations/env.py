@@ -1,4 +1,4 @@
-"""What Alembic runs for every command; the connection and its transaction come from make_us_rich.database."""
+"""What Alembic runs for every command; the connection and its transaction come from make_us_rich.core.database."""
 
 from alembic import context
 

@@ -28,9 +28,9 @@ def mkrich(*words, told=None):
 
 
 @flow(name="mkrich-train", flow_run_name="{key}", retries=0)  # what is worth another try, and when, is in the ledger: see sweep
-def train(key: str, entry: dict, pairs: list):
+def train(key: str, entry: dict, feed: list):
     "One run of one pair."
-    code, outcome = mkrich("train", "--ticket", runtime.flow_run.id, told={"entry": entry, "pairs": pairs})
+    code, outcome = mkrich("train", "--ticket", runtime.flow_run.id, told={"entry": entry, "feed": feed})
     message = f"{outcome.get('state', WORDS.get(code, 'failed'))}: {outcome.get('version') or ''} {outcome.get('reason') or ''}".strip()
     return Completed(message=message, name="Completed" if code == 0 else "Refused") if code in (0, 4) else Failed(message=message)
 
