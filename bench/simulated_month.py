@@ -35,16 +35,17 @@ FINAL = ("published", "refused", "failed")
 # --- inside the worker: a light kernel ----------------------------------------------------------------------------------------------------
 
 
-def light_run(pair, **options):
-    "`run_training` as it is, with another `run_notebook` under it."
-    from make_us_rich.runs import runner
-    from make_us_rich.runs import train as train_page
+def light_run(training):
+    "`execute_newest` as it is, with another `run_notebook` under it."
+    from dataclasses import replace
+
+    from make_us_rich.runs import execution
 
     if os.environ.get("SIM_KERNELS") != "1":
-        runner.run_notebook = light_notebook
+        execution.run_notebook = light_notebook
     act = f"exec(open({os.environ['SIM_ACT']!r}).read())" if os.environ.get("SIM_KERNELS") == "1" else ""
-    parameters = options.pop("parameters") | {"history_days": 3} | ({"act": act} if act else {})
-    return train_page.run_training(pair, parameters=parameters, **options | {"notebook": NOTEBOOK})
+    more = {"notebook": NOTEBOOK, "history_days": 3, "parameters": {"act": act} if act else {}}
+    return execution.execute_newest(replace(training, options=replace(training.options, **more)))
 
 
 def chaos(run_id):
@@ -66,7 +67,7 @@ def chaos(run_id):
 
 def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, environment=None, on_progress=None):
     "What `run_notebook` does, without papermill and Jupyter: a child process, a publication, a file."
-    from make_us_rich.runs.run import Execution
+    from make_us_rich.runs.runner import Execution
 
     output.parent.mkdir(parents=True, exist_ok=True)
     what = chaos(parameters["run_id"])
@@ -108,6 +109,7 @@ def publish(parameters, promote):
     from make_us_rich.models.baselines import LEVELS
     from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
     from make_us_rich.registry.store import ModelStore
+    from make_us_rich.runs.run import read_run_id
 
     frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], rows=24)
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
@@ -122,7 +124,7 @@ def publish(parameters, promote):
         levels=list(LEVELS),
         recipe={},
         run_id=run_id,
-        recipe_hash=run_id.rsplit("-", 1)[1],
+        recipe_hash=read_run_id(run_id).recipe_hash,
         data=span,
         cutoff=cutoff,
         created_at=cutoff,

@@ -116,10 +116,15 @@ def main():
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    from make_us_rich.core.database import connect, migrate
     from make_us_rich.core.settings import get_settings
     from make_us_rich.market.replay import ReplayServer
+    from make_us_rich.market.series import POOLED, Series
+    from make_us_rich.models.recipe import load_recipe
     from make_us_rich.registry.store import ModelStore
-    from make_us_rich.runs.train import run_pretraining
+    from make_us_rich.runs.execution import TrainOptions
+    from make_us_rich.runs.ledger import RunLedger
+    from make_us_rich.runs.train import train
 
     counts = [int(n) for n in args.pairs.split(",")]
     names = [f"P{i:02}_USDT" for i in range(max(counts))]
@@ -134,7 +139,13 @@ def main():
         for old in (*(home / "store" / "models").glob("P[0-9]*"), *(home / "store").glob("mkrich.db*"), home / "runs"):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         if ModelStore(settings.store_url).champion("POOLED_ALL") is None:
-            done = run_pretraining(settings=settings, pairs=names[:2])
+            settings.home.mkdir(parents=True, exist_ok=True)
+            engine = connect(settings.db_url)
+            migrate(engine)
+            options, pooled = TrainOptions(feed=tuple(map(Series.parse, names[:2]))), load_recipe("pooled")
+            about = {"settings": settings, "ledger": RunLedger(engine), "options": options}
+            done = train(Series.parse(POOLED), pooled, **about)
+            engine.dispose()
             print(f"pooled network: {done.state} {done.reason} {done.seconds:.0f} s", flush=True)
         server.clock.advance("1h")
         bare = json.loads(

@@ -37,7 +37,8 @@ class Streams:
     def __init__(
         self, most: int = 200, waiting: int = 100, heartbeat: float = 10.0, ticks: Ticks = time.monotonic
     ) -> None:
-        self.most, self.waiting, self.heartbeat = most, waiting, heartbeat
+        self.most, self.waiting = most, waiting
+        self.heartbeat = heartbeat
         self.longest, self.ticks = 3600.0, ticks
         self.places: set[Place] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -53,6 +54,7 @@ class Streams:
         self._soon(None)
 
     def _soon(self, news: ServerSentEvent | None) -> None:
+        "Offer it in the event loop of the readers."
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._offer, news)
 

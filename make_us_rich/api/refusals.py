@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 
 from ..core.settings import AuthError, MakeUsRichError, StoreError
 
-# %% ../../nbs/07_api/01_refusals.ipynb #dd31a6ed
+# %% ../../nbs/07_api/01_refusals.ipynb #de226808
 class Problem(BaseModel):
-    "What every refusal says: a word for programs, a sentence for people, and the id under which the log knows the request."
+    "What every refusal says: a word for programs, a sentence for people, and the request's id in the log."
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -36,7 +36,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, error: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.error, self.headers = status, error, headers or {}
+        self.status, self.error = status, error
+        self.headers = headers or {}
 
     def response(self, request_id: str) -> Response:
         "The JSON answer."
@@ -115,6 +116,7 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def _first_problem(error: RequestValidationError) -> str:
+    "A sentence about the first thing that is wrong with a request."
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return "the body is not valid JSON; send an object as /docs describes it"

@@ -186,7 +186,7 @@ def _answer(work: Callable[[dict[str, Any]], tuple[dict[str, Any], int]]) -> Non
 
 @fleet_app.command("train", hidden=True)
 def fleet_train(ticket: Annotated[str, typer.Option(help="The engine's name of this run.")] = "") -> None:
-    "One run for the engine: {entry, pairs} on the standard input, the outcome on the standard output."
+    "One run for the engine: {entry, feed} on the standard input, the outcome on the standard output."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.schedule.fleet import fleet_run
     from make_us_rich.runs.run import Outcome
@@ -197,7 +197,7 @@ def fleet_train(ticket: Annotated[str, typer.Option(help="The engine's name of t
     def work(told: dict[str, Any]) -> tuple[dict[str, Any], int]:
         settings = get_settings()
         migrate(connect(settings.db_url))
-        outcome = fleet_run(Entry(**told["entry"]), settings, told["pairs"], ticket)
+        outcome = fleet_run(Entry(**told["entry"]), settings, told["feed"], ticket)
         return outcome, Outcome(**outcome).exit_code
 
     _answer(work)

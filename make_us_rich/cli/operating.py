@@ -51,9 +51,9 @@ def schedule(
     )
     console = new_console()
     if once:
-        slots = run_once(work)
+        states = run_once(work)
         console.print(schedule_table(work))
-        if any(slot.state in ("failed", "abandoned") for slot in slots.values()):
+        if any(entry.state in ("failed", "abandoned") for entry in states.values()):
             raise typer.Exit(1)
     elif console.is_terminal:
         with Live(get_renderable=lambda: schedule_table(work), console=console, refresh_per_second=1):
@@ -78,20 +78,10 @@ def pretrain(
     ] = None,
 ) -> None:
     "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it, the schedule does both."
-    from make_us_rich.market.series import Pair
-    from make_us_rich.market.series import POOLED
-    from make_us_rich.runs.train import run_pretraining
+    from make_us_rich.market.series import POOLED, Series
 
-    names = [str(Pair.parse(pair)) for pair in pairs or []]
-    if code := train_one(
-        str(POOLED),
-        "1h",
-        "pooled",
-        parse_overrides(assignments or []),
-        get_settings(),
-        run=run_pretraining,
-        pairs=names,
-    ):
+    feed = tuple(Series.parse(pair) for pair in pairs or [])
+    if code := train_one(str(POOLED), "1h", "pooled", parse_overrides(assignments or []), get_settings(), feed=feed):
         raise typer.Exit(code)
 
 # %% ../../nbs/11_cli/06_operating.ipynb #91dd5d5a
@@ -99,7 +89,9 @@ def pretrain(
     epilog="Examples: [bold]mkrich runs[/] | [bold]mkrich runs BTC_USDT --state failed[/] | [bold]mkrich runs --show 17[/] | [bold]mkrich runs --follow 17[/]"
 )
 def runs(
-    pair: Annotated[str, typer.Argument(help="A pair; without: all.", metavar="[PAIR]")] = "",
+    pair: Annotated[
+        str, typer.Argument(help="A pair, or one of its intervals: BTC_USDT/4h; without: all.", metavar="[PAIR]")
+    ] = "",
     state: Annotated[str, typer.Option(help="published, refused, failed, skipped, abandoned or running.")] = "",
     since: Annotated[
         float | None, typer.Option(help="Only runs that started in the last so many hours.", metavar="HOURS")
@@ -113,7 +105,7 @@ def runs(
     "The run ledger: what ran, what became of it, and why."
     import pandas as pd
 
-    from make_us_rich.runs.ledger import follow_log, run_card, runs_table
+    from make_us_rich.runs.ledger import follow_log, read_subject, run_card, runs_table
 
     ledger = open_run_ledger(get_settings())
     if follow is not None:
@@ -123,7 +115,7 @@ def runs(
         new_console().print(run_card(ledger.find(show)))
     else:
         after = None if since is None else system_clock() - pd.Timedelta(hours=since)
-        new_console().print(runs_table(ledger.rows(pair, state, after, limit)))
+        new_console().print(runs_table(ledger.rows(read_subject(pair), state, after, limit)))
 
 # %% ../../nbs/11_cli/06_operating.ipynb #cd870249
 alerts_app = typer.Typer(help="Alerts: where they go, and whether they arrive.", no_args_is_help=True)
@@ -173,6 +165,6 @@ def dashboard(
     ] = 8,
 ) -> None:
     "Show the forecasts and their record in the browser, until Ctrl-C; needs `mkrich serve`."
-    from make_us_rich.dashboard.server import run_dashboard
+    from make_us_rich.dashboard.server import PageOptions, run_dashboard
 
-    run_dashboard(get_settings(), say=say, api_url=api, port=port, viewers=viewers)
+    run_dashboard(get_settings(), say, PageOptions(api_url=api, port=port, viewers=viewers))

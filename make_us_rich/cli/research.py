@@ -19,7 +19,7 @@ from ..core.settings import CandleError, ExchangeError, GateRefused, Settings, g
 from .output import IntervalOption, OnePair, app, new_console, parse_overrides, say
 
 if TYPE_CHECKING:
-    from make_us_rich.runs.run import Execution
+    from make_us_rich.runs.runner import Execution
 
 # %% ../../nbs/11_cli/07_research.ipynb #7c5311ff
 CandleFile = Annotated[

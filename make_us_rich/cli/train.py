@@ -65,32 +65,20 @@ def train_one(
 def train_and_tell(
     pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any
 ) -> "Outcome":
-    from make_us_rich.market.series import Interval, Pair
+    from make_us_rich.market.series import Series
     from make_us_rich.models.recipe import load_recipe
 
-    name, _, _ = (
-        Pair.parse(pair),
-        Interval.parse(interval),
-        load_recipe(recipe, **overrides),
-    )  # wrong input leaves no trace
+    series, loaded = Series.parse(pair, interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
     from make_us_rich.runs.evidence import keep_page, warm_up
-    from make_us_rich.runs.train import run_recorded
+    from make_us_rich.runs.execution import TrainOptions
+    from make_us_rich.runs.train import train as start_training
 
     with show_progress(pair) as show:
         show("fetching candles")
         warm_up()
-        outcome = run_recorded(
-            str(name),
-            interval=interval,
-            recipe=recipe,
-            parameters={"overrides": overrides},
-            settings=settings,
-            ledger=open_run_ledger(settings),
-            again=True,
-            on_wait=show,
-            on_progress=lambda cell, of, title: show(f"cell {cell} of {of}: {title}"),
-            **options,
-        )
+        options_now = TrainOptions(again=True, tell=show, **options)
+        ledger = open_run_ledger(settings)
+        outcome = start_training(series, loaded, settings=settings, ledger=ledger, options=options_now)
         outcome = keep_page(outcome, settings)
     if outcome.state == "failed" and not outcome.notebook:  # nothing was started
         say(f"mkrich: {outcome.reason}")

@@ -160,29 +160,23 @@ def _schedule(order: dict[str, Any], settings: Settings) -> int:
 
 # %% ../../nbs/11_cli/09_up.ipynb #139c258c
 def _train(order: dict[str, Any], settings: Settings, run: Callable[..., Any] | None = None) -> int:
+    "Train what the order names, one after the other; the worst exit code."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.runs.ledger import RunLedger
-    from make_us_rich.runs.train import run_recorded
+    from make_us_rich.runs.execution import TrainOptions, execute_newest
+    from make_us_rich.runs.train import train
     from make_us_rich.schedule.plan import Entry
 
+    run = run or execute_newest
     engine = connect(settings.db_url)
     migrate(engine)
     codes = []
     for entry in [Entry(**e) for e in order["entries"]]:
-        more = {} if entry.history_days is None else {"history_days": entry.history_days}
-        with show_progress(entry.pair) as show:
+        with show_progress(entry.series.name) as show:
             show("fetching candles")
-            outcome = run_recorded(
-                entry.pair,
-                settings=settings,
-                ledger=RunLedger(engine),
-                interval=entry.interval,
-                recipe=entry.recipe,
-                parameters={"overrides": entry.overrides} | more,
-                again=True,
-                on_wait=show,
-                run=run,
-                on_progress=lambda cell, of, title, show=show: show(f"cell {cell} of {of}: {title}"),
+            options = TrainOptions(again=True, history_days=entry.history_days, tell=show)
+            outcome = train(
+                entry.series, entry.load_recipe(), settings=settings, ledger=RunLedger(engine), options=options, run=run
             )
         new_console(stderr=True).print(outcome_lines(outcome), soft_wrap=True)
         codes.append(outcome.exit_code)
@@ -288,11 +282,12 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[ManagedPro
     secret, address = secrets.token_urlsafe(24), [f"http://127.0.0.1:{port}/"]
 
     def begin(part: ManagedProcess) -> subprocess.Popen[bytes]:
-        from make_us_rich.dashboard.server import start_dashboard
+        from make_us_rich.dashboard.server import PageOptions, start_dashboard
 
         own = (settings.home / "local-token").is_file()
         with part.log.open("wb") as errors:
-            running: Running = start_dashboard(settings, port=port, token=secret if own else None, errors=errors)
+            options = PageOptions(port=port, token=secret if own else None)
+            running: Running = start_dashboard(settings, options, errors)
         part.finish, address[0] = running.stop, running.address
         return running.process
 

@@ -117,7 +117,7 @@ def regate(
         raise CandleError(f"{rule}; fetch newer ones with `mkrich candles {name}`", "short_history")
     Q, incumbent = onnx_returns(model, frame, rows), onnx_returns(other, frame, rows) if other else None
     verdict = gate(
-        frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), hours=hours, incumbent=incumbent, now=now
+        frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), incumbent=incumbent, now=now
     )
     return Judgement(
         str(name),

@@ -75,7 +75,7 @@ class Training:
 def run_parameters(training: Training, run: RunId) -> dict[str, Any]:
     "The values for the cell tagged `parameters`, each one known to the notebook."
     settings, options = training.settings, training.options
-    what = {"interval": str(run.series.interval), "cutoff": utc_iso(run.cutoff), "run_id": run.text}
+    what: dict[str, Any] = {"interval": str(run.series.interval), "cutoff": utc_iso(run.cutoff), "run_id": run.text}
     if not training.is_pooled:
         what |= {"pair": str(run.series.pair)}
     if not training.is_pooled or options.history_days:
@@ -133,7 +133,7 @@ def execute(training: Training, run: RunId, models: ModelReader) -> Outcome:
     "Execute the notebook of a run whose candles are there; its outcome."
     settings = training.settings
     folder, parameters = settings.runs / run.folder, run_parameters(training, run)
-    place = {"notebook": str(folder / "train.ipynb"), "started_at": utc_iso(system_clock())}
+    place: dict[str, Any] = {"notebook": str(folder / "train.ipynb"), "started_at": utc_iso(system_clock())}
     outcome = Outcome(state="running", **run.facts, **place)
     result_path(settings, run).unlink(missing_ok=True)
     write_outcome(folder, outcome)

@@ -35,7 +35,8 @@ def find_fate(row: RunRow, settings: Settings) -> Outcome:
     if (told := _final_outcome(row)) is not None:
         return told
     who = row.host.partition("/")[0]
-    reason = f"the program that watched this run (started {utc_iso(row.started_at)}) on {who} was killed before the run ended"
+    watcher = f"the program that watched this run (started {utc_iso(row.started_at)}) on {who}"
+    reason = f"{watcher} was killed before the run ended"
     left: dict[str, Any] = run_of(row).facts | {"started_at": utc_iso(row.started_at)}
     try:
         if version := adopt_version(ModelStore(settings.store_url), run_of(row)):

@@ -18,20 +18,12 @@ import onnx
 import pandas as pd
 import torch
 
-from ..core.settings import CandleError, StoreError, system_clock, utc_iso
-from ..core.storage import write_atomic
+from ..core.settings import CandleError, StoreError, utc_iso
 from ..market.series import POOLED, Interval, Series
-from make_us_rich.market.candles import (
-    SAMPLE_PAIRS,
-    VALUE_COLUMNS,
-    CandleReport,
-    clean_candles,
-    next_returns,
-    scorable_rows,
-)
+from ..market.candles import SAMPLE_PAIRS, CandleReport, clean_candles, next_returns, scorable_rows
 from ..market.candle_store import CandleStore
-from ..models.baselines import LEVELS, Base
-from ..models.recipe import Recipe, load_recipe
+from ..models.baselines import Base
+from ..models.recipe import Recipe
 from ..models.features import CandleFeatures
 from ..models.network import forecast_returns
 from ..models.training import TrainResult, training_loop
@@ -47,13 +39,12 @@ from make_us_rich.models.pooled import (
 from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict
-from ..registry.manifest import DataSpan, Golden, Manifest
+from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
-from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
-from ..registry.served_model import open_session
-from .report import SAMPLE_URL, Markdown, Run, open_market, run_settings
-from .publish import Publication, git_revision, library_versions, plain_value, track_publication
+from .report import SAMPLE_URL, Markdown, Run, open_market, read_recipe, run_settings
+from .run import identify
+from .publish import Candidate, Publication, Tracked, publish_run, track_publication, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +64,11 @@ class PoolRun:
     models: ModelStore
     run_id: str
     result_path: Path
+
+    @property
+    def series(self) -> Series:
+        "The pooled network's own."
+        return Series(POOLED, self.interval)
 
     @property
     def newest(self) -> pd.Timestamp:
@@ -105,11 +101,7 @@ def open_pool(
     result_path: str = "",
 ) -> PoolRun:
     "Put a pooled run together from plain values; `history_days` 0 takes all stored candles."
-    step, loaded, settings = (
-        Interval.parse(interval),
-        load_recipe(recipe, **(overrides or {})),
-        run_settings(home, models_url),
-    )
+    step, loaded, settings = (Interval.parse(interval), read_recipe(recipe, overrides), run_settings(home, models_url))
     store, left_out = CandleStore(settings.candles_dir), dict[str, str]()
     stored = sorted(path.parent.name for path in settings.candles_dir.glob(f"*/{step}.parquet"))
     names = stored or (list(SAMPLE_PAIRS) if exchange_url == SAMPLE_URL else [])
@@ -144,7 +136,7 @@ def open_pool(
             "no_candles",
         )
     newest = max(frame["timestamp"].iloc[-1] for frame in frames.values()) + step.delta
-    identity = run_id or f"{POOLED}-{step}-{newest:%Y%m%dT%H%M%SZ}-{loaded.hash}"
+    identity = run_id or str(identify(Series(POOLED, step), newest, loaded))
     path = Path(result_path) if result_path else settings.home / "result.json"
     source = ", ".join(sorted(sources))
     return PoolRun(
@@ -318,75 +310,51 @@ def publish_pool(
     run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict
 ) -> Publication:
     "Publish and promote a pooled network that passed; write `result.json` for the runner either way."
-    if not verdict.passed:
-        publication = Publication("refused", verdict.reasons)
-    else:
-        version = run.models.publish(_manifest(run, result, model, scores, verdict), model)
-        try:
-            run.models.promote(Series(POOLED, run.interval), version, "passed the gate")
-            publication = Publication("published", [], version, True)
-        except StoreError as error:
-            if error.reason not in POINTER_STAYS:
-                raise
-            publication = Publication("published", [str(error)], version)
-    facts = {
-        "run_id": run.run_id,
-        "state": publication.state,
-        "version": publication.version,
-        "reasons": publication.reasons,
-    }
-    write_atomic(run.result_path, json.dumps(facts | {"promoted": publication.promoted}, indent=1).encode())
-    config = run.recipe.model_dump() | {
-        "pair": str(POOLED),
-        "cutoff": utc_iso(result.pooled.cutoff),
-        "recipe_hash": run.recipe.hash,
-        "source": run.source,
-    }
-    config |= {"pairs": sorted(result.pooled.pairs)}
-    track_publication(run, str(POOLED), config, result, model, scores.table, verdict, publication)
+    publication = Publication("refused", verdict.reasons)
+    if verdict.passed:
+        version, problem = publish_run(run.models, _candidate_of(run, result, model, scores, verdict))
+        publication = Publication("published", [problem] if problem else [], version, not problem)
+    write_result(run.result_path, run.run_id, publication)
+    facts = {"cutoff": utc_iso(result.pooled.cutoff), "source": run.source, "pairs": sorted(result.pooled.pairs)}
+    tracked = Tracked(run.series, run.models, run.run_id, run.log_dir, run.recipe, facts)
+    track_publication(tracked, result, model, scores.table, verdict, publication)
     return publication
 
 
-def _manifest(run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict) -> Manifest:
+def _candidate_of(
+    run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict
+) -> Candidate:
+    "The pooled network as something to publish; its golden window is that of the first pair that is long enough."
     pooled, window = result.pooled, int(result.pooled.forecaster.window)
-    tail = next(frame for frame in run.frames.values() if len(frame) >= window).tail(window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = open_session(model).run(
-        None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
-    )
-    first, gaps = (
-        min(run.frames[name]["timestamp"].iloc[0] for name in pooled.pairs),
-        sum(len(run.reports[name].gaps) for name in pooled.pairs),
-    )
-    contents = "".join(f"{name} {run.hashes[name]}\n" for name in sorted(pooled.pairs))
-    data = DataSpan(
-        source=run.source,
-        label=run.source if run.source.startswith(("historical sample", "synthetic")) else "",
-        first=first,
-        last=pooled.cutoff - run.interval.delta,
-        rows=sum(pooled.pairs.values()),
-        gaps=gaps,
-        content_hash=hashlib.sha256(contents.encode()).hexdigest(),
-    )
+    frame = next(frame for frame in run.frames.values() if len(frame) >= window)
     rows = scores.table.reset_index(names="model").to_dict("records")
     clean = [{str(k): None if v != v else v for k, v in row.items()} for row in rows]
-    return Manifest(
-        pair=str(POOLED),
-        interval=str(run.interval),
-        window=window,
-        columns=VALUE_COLUMNS,
-        levels=list(LEVELS),
-        recipe=json.loads(run.recipe.model_dump_json()),
-        recipe_hash=run.recipe.hash,
-        data=data,
-        cutoff=pooled.cutoff,
-        created_at=system_clock(),
-        scores=clean,
-        verdict=json.loads(json.dumps(verdict.to_dict(), default=plain_value)),
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
-        libraries=library_versions(),
-        git_revision=git_revision(),
-        run_id=run.run_id,
+    return Candidate(
+        run.series,
+        run.run_id,
+        pooled.cutoff,
+        model,
+        window,
+        frame,
+        _data_span(run, pooled),
+        run.recipe.model_dump(mode="json"),
+        run.recipe.hash,
+        clean,
+        verdict,
+    )
+
+
+def _data_span(run: PoolRun, pooled: Pooled) -> DataSpan:
+    "The candles that a pooled network knows, all pairs together."
+    contents = "".join(f"{name} {run.hashes[name]}\n" for name in sorted(pooled.pairs))
+    return DataSpan(
+        source=run.source,
+        label=run.source if run.source.startswith(("historical sample", "synthetic")) else "",
+        first=min(run.frames[name]["timestamp"].iloc[0] for name in pooled.pairs),
+        last=pooled.cutoff - run.interval.delta,
+        rows=sum(pooled.pairs.values()),
+        gaps=sum(len(run.reports[name].gaps) for name in pooled.pairs),
+        content_hash=hashlib.sha256(contents.encode()).hexdigest(),
     )
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #9ca211a6

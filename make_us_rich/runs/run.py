@@ -162,7 +162,7 @@ class RunId:
         return Path(str(self.series.pair)) / (name if usual else f"{name}-{self.recipe}-{self.recipe_hash[:6]}")
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         "What an `Outcome` says about the run itself."
         of = {"pair": str(self.series.pair), "interval": str(self.series.interval), "cutoff": utc_iso(self.cutoff)}
         return {"run_id": self.text, "recipe": self.recipe} | of

@@ -38,7 +38,7 @@ from .workers import ORDERS
 def fleet_run(
     entry: Entry, settings: Settings, feed: Sequence[str] = (), ticket: str = "", **rehearsal: Any
 ) -> dict[str, Any]:
-    "Run one entry, alone in the whole fleet; its outcome. `feed`: series for the pooled network; `ticket`: the engine's name."
+    "Run one entry, alone in the whole fleet; its outcome. `ticket` is the engine's name of this run."
     locks, ledger = ledger_locks(settings), RunLedger(connect(settings.db_url))
     names = ([f"ticket/{ticket}"] if ticket else []) + [series_lock(str(entry.series))]
     with locks.hold(names, wait=settings.deadline):
@@ -60,8 +60,9 @@ def _pull_candles(shared: list[Series], settings: Settings) -> tuple[pd.Timestam
     mirror = CandleMirror(settings.candles_url, CandleStore(settings.candles_dir)) if settings.candles_url else None
     try:
         now = client.now()
-        for series in shared if mirror else []:
-            mirror.pull(series, client.source)
+        if mirror is not None:
+            for series in shared:
+                mirror.pull(series, client.source)
         return now, mirror
     except ExchangeError:
         return system_clock(), None

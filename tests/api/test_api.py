@@ -11,7 +11,7 @@ import threading
 import httpx
 import pandas as pd
 import pytest
-from api_kit import NOW, PASSWORD, a_forecast, burst, make_people, make_world, served
+from api_kit import burst, make_world, served
 from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import text
 from tiny_model import publish, sample
@@ -21,6 +21,7 @@ from make_us_rich import api
 from make_us_rich.api.accounts import create_token, get_user, list_users
 from make_us_rich.api.app import create_app
 from make_us_rich.api.client import Client
+from make_us_rich.api.examples import NOW, PASSWORD, a_forecast, add_people
 from make_us_rich.api.limits import STREAM
 from make_us_rich.api.readers import Streams
 from make_us_rich.core.database import connect, migrate, session
@@ -75,7 +76,7 @@ def test_a_log_in_gives_a_token_that_lives_thirty_days(world):
 
 
 def test_a_revoked_token_ends_here_at_once_and_in_other_workers_within_a_second(world):  # F66
-    ticks = [0.0]  # another worker: its own gate over the same database
+    ticks = [0.0]  # another worker: its own authenticator over the same database
     other = create_app(world.service, world.engine, world.settings, lambda: NOW, ticks=lambda: ticks[0])
     elsewhere = type(world)(world.settings, world.engine, world.service, other, world.tokens, ticks)
     made = world.client().post("/v1/me/tokens", json={"name": "watch"}).json()
@@ -149,7 +150,7 @@ def test_no_free_calls_while_the_database_is_in_trouble(tmp_path, harm):  # F79
     elif harm == "read_only":
         holder.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         world.engine.dispose()
-        world.gate.engine = connect(f"sqlite:///file:{file}?mode=ro&uri=true", wait=0.1)
+        world.api.authenticator.engine = connect(f"sqlite:///file:{file}?mode=ro&uri=true", wait=0.1)
     else:
         holder.close()
         world.engine.dispose()
@@ -425,7 +426,7 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
     "F67, F68."
     engine = connect_home(tmp_path, database_url)
     now = pd.Timestamp.now("UTC")
-    tokens = make_people(engine, now)
+    tokens = add_people(engine, now)
     with session(engine) as s:
         second, _ = create_token(s, get_user(s, "bob"), "second", now)
     (tmp_path / "home").mkdir()
@@ -461,7 +462,7 @@ def test_quota_is_exact_with_two_workers_and_32_connections(tmp_path, database_u
 def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
     (tmp_path / "home").mkdir()
     engine = connect_home(tmp_path / "home")
-    token = make_people(engine, pd.Timestamp.now("UTC"))["member"]
+    token = add_people(engine, pd.Timestamp.now("UTC"))["member"]
     with session(engine) as s:
         s.execute(text("UPDATE users SET monthly_calls = 1000000"))
     with served(tmp_path / "home") as server:
@@ -572,7 +573,7 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
     "F65, F81, F95."
     url = postgresql.new_database()
     engine = connect_home(tmp_path, url)
-    tokens = make_people(engine, pd.Timestamp.now("UTC"))
+    tokens = add_people(engine, pd.Timestamp.now("UTC"))
     (tmp_path / "home").mkdir()
     canaries = {"AWS_SECRET_ACCESS_KEY": "canary-aws-0123456789", "WANDB_API_KEY": "canary-wandb-0123456789"}
     pages = []

@@ -6,11 +6,12 @@ from collections import Counter
 import pandas as pd
 import pytest
 import schemathesis
-from api_kit import PASSWORD, make_world
+from api_kit import make_world
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
 from make_us_rich.api.accounts import Limiter, add_user, create_token
+from make_us_rich.api.examples import PASSWORD
 from make_us_rich.api.routing import GuardedRoute
 from make_us_rich.core.database import session
 from make_us_rich.core.tables import Audit
@@ -61,7 +62,7 @@ BAD_TOKENS = ("wrong", "revoked", "expired", "disabled")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
-    world.gate.guesses = Limiter(times=10**6)
+    world.api.authenticator.guesses = Limiter(times=10**6)
     world.app.state.api.logins = Limiter(times=10**6)
     world.app.state.api.streams.longest = 0.0  # a stream says hello and ends
     yield world
@@ -119,7 +120,7 @@ def test_a_broken_body_says_nothing_to_strangers(world, method, path):
 
 def test_a_member_at_an_admin_route_leaves_a_line_and_no_effect(world):  # F71
     before = len(world.client("admin").get("/v1/users").json()["users"])
-    world.gate.scoldings = Limiter()
+    world.api.authenticator.scoldings = Limiter()
     for _ in range(30):
         assert world.client().post("/v1/users", json={"name": "mallory", "role": "admin"}).status_code == 403
     with session(world.engine) as s:

@@ -231,7 +231,7 @@ def test_unexpected_error_and_debug(tmp_path):
 
 
 def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
-    from make_us_rich import run_ledger
+    from make_us_rich.runs import train as run_ledger
 
     refused = Outcome(
         state="refused",
@@ -243,7 +243,7 @@ def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
         cutoff="",
         recipe="default",
     )
-    monkeypatch.setattr(run_ledger, "run_recorded", lambda *a, **k: refused)
+    monkeypatch.setattr(run_ledger, "train", lambda *a, **k: refused)
     monkeypatch.setenv("MUR_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         main.main(["train", "BTC_USDT"])

@@ -26,7 +26,7 @@ from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.train import plan_run
+from make_us_rich.runs.run import identify
 from make_us_rich.schedule.plan import read_plan
 
 MKRICH = str(Path(sys.executable).parent / "mkrich")
@@ -106,9 +106,9 @@ def demo(tmp_path):
     ledger = RunLedger(engine)
     for entry in read_plan(DEMO_PLAN).entries.values():
         publish(store, entry.pair, DEMO_START.floor("h"))
-        plan = plan_run(entry.pair, "1h", entry.recipe, {}, DEMO_START, settings)
-        ledger.begin(plan)
-        ledger.finish(plan.run_id, "published")
+        run = identify(entry.series, DEMO_START.floor("h"), entry.load_recipe())
+        ledger.begin(run, settings.runs)
+        ledger.finish(run, "published")
     engine.dispose()
     started = []
 

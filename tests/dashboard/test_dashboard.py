@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from api_kit import PASSWORD
 from dash_kit import HOUR, Stage, make_stage, page_server
 from waiting import LONG, wait_for
 
+from make_us_rich.api.examples import PASSWORD
 from make_us_rich.core.kernels import KERNEL_NAME
 from make_us_rich.core.settings import utc_iso
 from make_us_rich.dashboard.server import Running
@@ -164,7 +164,7 @@ def test_a_morning(browser, local, stage):
             ".mur-facts time"
         ).first.inner_text().endswith("23:00")
 
-        one.page.locator("[data-pair=SOL_USDT]").click()
+        one.page.locator("[data-series='SOL_USDT/1h']").click()
         one.until("document.querySelector('.mur-chart').getAttribute('aria-label').includes('SOL')")
         one.until("document.querySelector('.mur-chart').data.find(t => t.type === 'candlestick').close.at(-1) < 1000")
         one.says("SOL / USDT at")
@@ -267,7 +267,7 @@ def test_abstention_and_markup(browser, local, stage):
                 not [name for name in names if name.startswith("next hour")]
                 and one.page.locator(CANDLES).count() == 120
             )
-            assert "no forecast for this hour" in one.page.locator("[data-pair=BTC_USDT]").inner_text()
+            assert "no forecast for this hour" in one.page.locator("[data-series='BTC_USDT/1h']").inner_text()
     finally:
         stage.show(before)
 
@@ -474,7 +474,7 @@ def test_the_kernel_is_light(local):
     import subprocess
     import sys
 
-    code = "import sys, make_us_rich.dashboard; print([m for m in ('pandas', 'numpy', 'torch', 'onnxruntime', 'plotly', 'pydantic', 'sqlalchemy') if m in sys.modules])"
+    code = "import sys, make_us_rich.dashboard.page; print([m for m in ('pandas', 'numpy', 'torch', 'onnxruntime', 'plotly', 'pydantic', 'sqlalchemy') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -12,18 +12,18 @@ import numpy as np
 import orjson
 import pandas as pd
 import uvicorn
-from api_kit import make_people
 from servers import free_port
 from sqlalchemy import Engine
 from tiny_model import PAIRS, sample
 from waiting import LONG, wait_for
 
 from make_us_rich.api.app import create_app
+from make_us_rich.api.examples import add_people
 from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import Settings, get_settings, utc_iso
 from make_us_rich.core.storage import write_atomic
 from make_us_rich.core.tables import ForecastRow, RunRow
-from make_us_rich.dashboard.server import Running, start_dashboard
+from make_us_rich.dashboard.server import PageOptions, Running, start_dashboard
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import ReplayServer
@@ -169,7 +169,7 @@ def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
     for pair in PAIRS:
         _fill(service, pair, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
     _add_runs(engine, home, now)
-    tokens = make_people(engine, now)
+    tokens = add_people(engine, now)
     return Stage(
         settings, engine, service, tokens, now, create_app(service, engine, settings, lambda: now, heartbeat=1.0)
     )
@@ -235,7 +235,7 @@ def page_server(stage: Stage, token: str | None = None, local: bool = False, **o
     )
     if local:
         write_atomic(settings.home / "local-token", stage.tokens["admin"].encode(), mode=0o600)
-    running = start_dashboard(settings, port=free_port(), token=token, **options)
+    running = start_dashboard(settings, PageOptions(port=free_port(), token=token, **options))
     try:
         yield running
     finally:

@@ -13,14 +13,20 @@ import psutil
 import pytest
 from waiting import LONG, gone, wait_for
 
+from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs import runner as runs
+from make_us_rich.runs.execution import TrainOptions
+from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.runner import start_warm
-from make_us_rich.runs.train import run_training
+from make_us_rich.runs.train import train
 
+BTC = Series.parse("BTC_USDT")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "small_run.ipynb"
 RECORD_PID = "Path(os.environ['TEST_PID_FILE']).write_text(str(os.getpid()))"
 
@@ -55,10 +61,17 @@ def late(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
 
 
-def start(settings, act="", **parameters):
-    return run_training(
-        "BTC_USDT", settings=settings, notebook=NOTEBOOK, parameters={"act": act, "history_days": 10} | parameters
-    )
+def start(settings, act="", overrides=None, **parameters):
+    "One recorded training of BTC_USDT, as a person asks for it."
+    settings.home.mkdir(exist_ok=True)
+    engine = connect(settings.db_url)
+    migrate(engine)
+    options = TrainOptions(again=True, notebook=NOTEBOOK, parameters={"act": act} | parameters)
+    try:
+        recipe = load_recipe("default", **(overrides or {}))
+        return train(BTC, recipe, settings=settings, ledger=RunLedger(engine), options=options)
+    finally:
+        engine.dispose()
 
 
 def kept(outcome):
@@ -76,7 +89,7 @@ def test_published_once_and_skipped_the_second_time(settings):  # F34
     assert (first.state, first.exit_code) == ("published", 0), first
     again = start(settings)
     assert (again.state, again.version, again.exit_code) == ("skipped", first.version, 0)
-    assert again.reason.startswith(f"already published as {first.version}")
+    assert again.reason.endswith(f"that run was published as {first.version}")
     assert [i.version for i in versions(settings)] == [first.version]
     folder = Path(first.notebook).parent
     assert folder == settings.runs / "BTC_USDT" / first.cutoff[:13]
@@ -156,11 +169,20 @@ def test_deadline(settings, tmp_path, late):  # F28
 RUNNER = """
 import sys
 from pathlib import Path
-from make_us_rich.runs.train import run_training
+from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
+from make_us_rich.market.series import Series
+from make_us_rich.models.recipe import load_recipe
+from make_us_rich.runs.execution import TrainOptions
+from make_us_rich.runs.ledger import RunLedger
+from make_us_rich.runs.train import train
 settings = get_settings(history_days=10, deadline=300)
-outcome = run_training("BTC_USDT", settings=settings, notebook=Path(sys.argv[1]), parameters={"act": sys.argv[2], "history_days": 10})
-print(outcome.model_dump_json())
+settings.home.mkdir(exist_ok=True)
+engine = connect(settings.db_url)
+migrate(engine)
+options = TrainOptions(notebook=Path(sys.argv[1]), parameters={"act": sys.argv[2]})
+about = {"settings": settings, "ledger": RunLedger(engine), "options": options}
+print(train(Series.parse("BTC_USDT"), load_recipe("default"), **about).model_dump_json())
 """
 
 
@@ -204,7 +226,7 @@ def test_two_starters_one_version(settings):  # F34
         assert process.returncode == 0, err
         outcomes.append(json.loads(out.splitlines()[-1]))
     assert sorted(o["state"] for o in outcomes) == ["published", "skipped"]
-    assert len({o["version"] for o in outcomes}) == 1 == len(versions(settings))
+    assert len(versions(settings)) == 1  # the other one was under way, or had just ended
 
 
 def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
@@ -214,6 +236,7 @@ def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
     (left,) = versions(settings)
     again = start(settings)
     assert (again.state, again.version) == ("skipped", left.version)
+    assert again.reason.startswith(f"already published as {left.version}")
     assert store.champion("BTC_USDT").version == left.version
 
 
@@ -239,8 +262,33 @@ def test_rollback_is_respected(settings, exchange):
         ({"overrides": {"hidden_size": "x"}}, "recipe value hidden_size = 'x' does not fit"),
     ],
 )
-def test_wrong_parameters_start_no_kernel(settings, parameters, sentence):  # F33
+def test_wrong_parameters_leave_no_trace(settings, parameters, sentence):  # F33
     with pytest.raises(SettingsError) as caught:
         start(settings, **parameters)
     assert sentence in str(caught.value)
     assert not settings.runs.exists()
+    engine = connect(settings.db_url)
+    assert RunLedger(engine).rows() == []
+    engine.dispose()
+
+
+def test_nothing_of_a_run_but_the_row_says_that_it_is_under_way(settings):
+    "HOUSE row 2 and 3: no lock file and no running.json beside the runs; outcome.json is a copy of the row."
+    outcome = start(settings)
+    left = {path.name for path in settings.runs.rglob("*") if path.is_file()}
+    assert left == {"log.txt", "outcome.json", "result.json", "train.ipynb"}
+    engine = connect(settings.db_url)
+    row = RunLedger(engine).row_of(outcome.run_id)
+    copy = json.loads((Path(outcome.notebook).parent / "outcome.json").read_text())
+    assert (row.state, row.exit_class, row.version) == (copy["state"], copy["exit_class"], copy["version"])
+    assert Path(row.notebook) == Path(copy["notebook"]).absolute()
+    engine.dispose()
+
+
+def test_the_recipe_is_handed_on_frozen(settings):
+    "HOUSE row 16: what the notebook gets is the recipe that names the run, number by number."
+    act = "from make_us_rich.models.recipe import Recipe; assert Recipe.model_validate_json(recipe).hash in run_id"
+    outcome = start(settings, act, overrides={"hidden_size": 16})
+    assert outcome.state == "published", outcome.reason
+    kept_recipe = ModelStore(settings.store_url).load(BTC, outcome.version).manifest.recipe
+    assert kept_recipe == load_recipe("default", hidden_size=16).model_dump(mode="json")

@@ -9,19 +9,20 @@ import pandas as pd
 import pytest
 from servers import database_url, postgresql  # noqa: F401
 
-from make_us_rich import alerts as module
 from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import SettingsError
 from make_us_rich.core.tables import ForecastRow, RunRow
+from make_us_rich.market.series import Series
+from make_us_rich.schedule import alerts as module
 from make_us_rich.schedule.alerts import (
     Alerts,
     Condition,
     Watched,
-    beat,
     database_conditions,
     exchange_away,
     open_services,
     read_state,
+    send_heartbeat,
     send_test,
 )
 
@@ -100,7 +101,7 @@ def test_no_address_in_logs_errors_or_reprs(inbox, tmp_path, caplog, capfd):  # 
     alerts = Alerts(url, tmp_path / "alerts.json")
     alerts._urls.popitem()  # telegram is not called here
     alerts.update("run", [FAILED])
-    assert beat(f"http://127.0.0.1:{inbox.port}/canary4") and not beat("http://127.0.0.1:9/canary5")
+    assert send_heartbeat(f"http://127.0.0.1:{inbox.port}/canary4") and not send_heartbeat("http://127.0.0.1:9/canary5")
     assert send_test(f"json://127.0.0.1:{inbox.port}/canary6") == [("JSON", True)]
     with pytest.raises(SettingsError) as caught:
         open_services("nothing://canary7")
@@ -147,7 +148,7 @@ def run(hours_ago, state, **more):
 def test_rules_on_both_databases(database_url):  # noqa: F811
     engine = connect(database_url)
     migrate(engine)
-    btc = Watched("BTC_USDT", "1h", "default", HOUR, NOON - 100 * HOUR)
+    btc = Watched(Series.parse("BTC_USDT"), "default", HOUR, NOON - 100 * HOUR)
 
     def found(now=NOON):
         with session(engine) as s:

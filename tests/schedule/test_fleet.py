@@ -18,15 +18,17 @@ from servers import _die_with_parent, free_port, postgresql  # noqa: F401
 from waiting import LONG, wait_for
 
 from make_us_rich.core.database import connect, migrate
-from make_us_rich.core.locks import Locks, pair_lock
+from make_us_rich.core.locks import Locks, series_lock
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.run import find_notebook
-from make_us_rich.runs.train import close_lost, plan_run
+from make_us_rich.runs.lost import close_lost
+from make_us_rich.runs.run import find_notebook, identify
 from make_us_rich.schedule.fleet import missing_runs
 from make_us_rich.schedule.plan import Plan, read_plan
 
@@ -49,7 +51,7 @@ def database(postgresql):  # noqa: F811
 
 
 def test_lock_of_a_killed_process_is_free(database, tmp_path):
-    locks, name = Locks(database, tmp_path), pair_lock("BTC_USDT", "1h")
+    locks, name = Locks(database, tmp_path), series_lock("BTC_USDT/1h")
     program = f"""
 import time
 from pathlib import Path
@@ -63,7 +65,7 @@ with Locks({database!r}, Path()).hold([{name!r}, "ticket/1"]):
     ) as process:
         assert process.stdout.readline() == "held\n"
         assert locks.taken([name, "ticket/1", "ticket/2"]) == {name, "ticket/1"}
-        with pytest.raises(Exception, match="somebody else is at pair/BTC_USDT/1h"), locks.hold([name]):
+        with pytest.raises(Exception, match="somebody else is at series/BTC_USDT/1h"), locks.hold([name]):
             pass
         process.kill()
         process.wait(LONG)
@@ -79,10 +81,10 @@ def test_rows_of_a_dead_host_are_closed_and_wanted_again_three_times(database, t
     for attempt in (1, 2, 3):
         (wanted,) = missing_runs(plan, ledger, settings, now)
         assert wanted.attempt == attempt and wanted.ticket.endswith(f"/{attempt}")
-        ledger.begin(plan_run("BTC_USDT", "1h", "default", {}, now, settings))
-        with Locks(database, tmp_path).hold([pair_lock("BTC_USDT", "1h")]):
+        ledger.begin(identify(Series.parse("BTC_USDT"), now.floor("h"), load_recipe("default")), settings.runs)
+        with Locks(database, tmp_path).hold([series_lock("BTC_USDT/1h")]):
             assert missing_runs(plan, ledger, settings, now) == []  # it is under way
-        assert close_lost(ledger, settings, {("ETH_USDT", "1h")}) == []
+        assert close_lost(ledger, settings, {Series.parse("ETH_USDT")}) == []
     assert missing_runs(plan, ledger, settings, now) == []  # three hosts died over it: enough for this candle
     assert [w.why for w in missing_runs(plan, ledger, settings, now + pd.Timedelta("1h"))] == [
         "the newest one is of 2026-11-24T12:00:00Z"
@@ -105,7 +107,9 @@ def make_program(folder, hold):
     (packages / "clone.pth").write_text(f"{clone}\n{Path(pd.__file__).parents[1]}\n")
     (environment / "share").symlink_to(Path(sys.prefix) / "share")
     program = environment / "bin" / "mkrich"
-    program.write_text(f"#!{environment}/bin/python\nfrom make_us_rich.cli.main import main\nmain()\n")
+    program.write_text(
+        f'#!{environment}/bin/python\nfrom make_us_rich.cli.main import main\nif __name__ == "__main__":\n    main()\n'
+    )
     program.chmod(0o755)
     return str(program)
 
@@ -136,12 +140,6 @@ class Fleet:
             )
         self.hosts[name] = process
         return process
-
-    def wait_for(self, condition, what):
-        "Wait as long as something happens: a line in a log, an answer of the engine."
-        return wait_for(
-            condition, LONG, what, progress=lambda: [path.stat().st_size for path in self.folder.glob("*/log")]
-        )
 
     def log(self):
         return "\n".join(
@@ -241,7 +239,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         fleet.database,
     )
     try:
-        fleet.wait_for(fleet.is_up, "the Prefect server")
+        wait_for(fleet.is_up, what="the Prefect server")
     except AssertionError as e:
         raise AssertionError(f"{e}\n{fleet.log()}") from e
     (fleet.folder / "pairs.yaml").write_text(LIST + "- {pair: XRP_USDT, recipe: default}\n")
@@ -274,13 +272,15 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     ledger = RunLedger(connect(settings.db_url))
     try:
 
-        def running():
-            started = [
-                (r, fleet.folder / r.host.partition("/")[0] / "runs" / r.pair) for r in ledger.rows(state="running")
-            ]
-            return [r for r, runs in started if (runs / "running.json").exists()]
+        def accounts():
+            rows = [(r.run_id, r.state, r.attempts, r.reason) for r in ledger.rows()]
+            assert not [row for row in rows if row[1] == "failed"], rows
+            return rows
 
-        victim = fleet.wait_for(running, "a run in its notebook")[0]
+        def running():
+            return [r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()]
+
+        victim = wait_for(running, what="a run in its notebook", progress=accounts)[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
         fleet.hosts[host].send_signal(signal.SIGKILL)  # and all that runs there dies with it, at once
@@ -289,7 +289,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         def all_done():
             return len(ledger.rows(state="published")) + len(ledger.rows(state="refused")) == len(PAIRS)
 
-        fleet.wait_for(all_done, "an outcome of every pair")
+        wait_for(all_done, what="an outcome of every pair", progress=accounts)
         rows = {r.pair: r for r in ledger.rows()}
         assert sorted(rows) == sorted(r.pair for r in ledger.rows()) == list(PAIRS)
         other = {"host-a": "host-b", "host-b": "host-a"}[host]
@@ -308,9 +308,9 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
                 row.state,
                 row.reason,
             )
-        fleet.wait_for(
+        wait_for(
             lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
-            "the end of all runs in Prefect",
+            what="the end of all runs in Prefect",
         )
         states = [r["state_type"] for r in fleet.runs()]
         assert states.count("CRASHED") >= 1 and states.count("COMPLETED") >= len(PAIRS), states

@@ -18,10 +18,15 @@ from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.series import Pair, Series
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.evidence import keep_page, outside_requests
-from make_us_rich.runs.ledger import Planned, RunLedger
-from make_us_rich.runs.train import run_pretraining, run_recorded
+from make_us_rich.runs.execution import TrainOptions
+from make_us_rich.runs.ledger import RunLedger, series_of
+from make_us_rich.runs.lost import close_abandoned
+from make_us_rich.runs.run import identify, read_run_id
+from make_us_rich.runs.train import train
 from make_us_rich.schedule.plan import Plan, PlanFile, read_plan
 from make_us_rich.schedule.schedule import Options, Schedule, look_around, run_once, start, stop
 
@@ -30,21 +35,18 @@ NOTEBOOK = ROOT / "tests" / "notebooks" / "small_run.ipynb"
 BY_HAND = 86_400  # seconds between two looks around that nobody takes by hand
 STAND_IN = """
 import time
-import pandas as pd
 from make_us_rich.market.exchange import BinanceClient
-from make_us_rich.runs.train import plan_run
-from make_us_rich.runs.run import Outcome
+from make_us_rich.runs.run import Outcome, identify
 
-def run(pair, *, settings, interval, recipe, parameters, **_):
-    now = BinanceClient(settings.exchange_url).now()
-    plan = plan_run(pair, interval, recipe, {}, now, settings)
-    (settings.home / "planned").touch()
-    while (settings.home / "hold").exists():
+def run(training):
+    now = BinanceClient(training.settings.exchange_url).now()
+    made = identify(training.series, training.series.interval.floor(now), training.recipe)
+    (training.settings.home / "planned").touch()
+    while (training.settings.home / "hold").exists():
         time.sleep(0.05)
-    cutoff = plan.cutoff.isoformat()
-    facts = dict(run_id=plan.run_id, pair=pair, interval=interval, cutoff=cutoff, recipe=recipe, version="v" + cutoff)
-    return Outcome(state="published", exit_class="ok", **facts)
+    return Outcome(state="published", exit_class="ok", version="v" + made.cutoff.isoformat(), **made.facts)
 """
+BTC = Series.parse("BTC_USDT")
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,10 @@ def ledger(settings):
     engine.dispose()
 
 
-def recorded(settings, ledger, exchange, pair="BTC_USDT", **more):
-    options = {"parameters": {"history_days": 5}, "notebook": NOTEBOOK, "now": exchange.clock.now()} | more
-    return run_recorded(pair, settings=settings, ledger=ledger, **options)
+def recorded(settings, ledger, exchange, series=BTC, recipe="default", **options):
+    "One recorded training by the small notebook."
+    options = TrainOptions(**{"history_days": 5, "notebook": NOTEBOOK, "now": exchange.clock.now()} | options)
+    return train(series, load_recipe(recipe), settings=settings, ledger=ledger, options=options)
 
 
 def test_short_month(tmp_path):
@@ -100,7 +103,7 @@ def test_short_month(tmp_path):
 
 def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchange):  # F27, F30, F95
     def start_run(act="", **more):
-        return recorded(settings, ledger, exchange, parameters={"history_days": 5, "act": act}, pause=60, **more)
+        return recorded(settings, ledger, exchange, parameters={"act": act}, pause=60, **more)
 
     killed = start_run("os.kill(os.getpid(), signal.SIGKILL)")
     row = ledger.find(killed.run_id)
@@ -151,40 +154,39 @@ def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
         settings,
         ledger,
         exchange,
-        "POOLED_ALL",
+        Series.parse("POOLED_ALL"),
         recipe="pooled",
-        run=run_pretraining,
-        on_wait=said.append,
+        tell=said.append,
         parameters={"pair": "POOLED_ALL", "act": act},
-        pairs=["BTC_USDT", "GONE_USDT"],
+        feed=(BTC, Series.parse("GONE_USDT")),
     )
     row = ledger.find(pooled.run_id)
     assert (row.pair, row.recipe, row.state, row.version) == ("POOLED_ALL", "pooled", "published", pooled.version)
     assert ModelStore(settings.store_url).champion("POOLED_ALL").version == row.version
-    assert len(said) == 1 and said[0].startswith("GONE_USDT is not up to date for the pooled run: ")
+    assert said[0].startswith("GONE_USDT is not up to date for the pooled run: ") and said[1].startswith("cell 1 of")
     assert (settings.candles_dir / "BTC_USDT" / "1h.parquet").exists()
     plan = read_plan("- ETH_USDT")
-    slots = run_once(Schedule(settings, plan, Options(jobs=1, runner="stand_in:run")))
-    assert list(slots) == ["POOLED_ALL/1h/pooled", "ETH_USDT/1h/finetune"]
-    assert [slot.state for slot in slots.values()] == ["skipped", "published"]  # once a week is enough for the first
+    states = run_once(Schedule(settings, plan, Options(jobs=1, runner="stand_in:run")))
+    assert list(states) == ["POOLED_ALL/1h/pooled", "ETH_USDT/1h/finetune"]
+    assert [entry.state for entry in states.values()] == ["skipped", "published"]  # once a week is enough for the first
 
 
 def test_wrong_input_before_a_kernel_is_an_account_too(settings, ledger, exchange):
-    unknown = recorded(settings, ledger, exchange, "DOGE_USDT")
+    unknown = recorded(settings, ledger, exchange, Series.parse("DOGE_USDT"))
     row = ledger.find(unknown.run_id)
     assert (row.state, row.exit_class, row.retry_at) == ("failed", "no_data", None) and "DOGE" in row.reason
     exchange.faults = Faults(status=503)
-    away = recorded(settings, ledger, exchange, "ETH_USDT")
+    away = recorded(settings, ledger, exchange, Series.parse("ETH_USDT"))
     row = ledger.find(away.run_id)
     assert (row.state, row.exit_class) == ("failed", "exchange") and row.retry_at is not None
 
 
 def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypatch):  # F35
     monkeypatch.setattr("make_us_rich.runs.train._patiently", lambda write, seconds=20: None)
-    first = recorded(settings, ledger, exchange, "BTC_USDT")
+    first = recorded(settings, ledger, exchange)
     assert (first.state, ledger.find(first.run_id).state) == ("published", "running")
     monkeypatch.undo()
-    again = recorded(settings, ledger, exchange, "BTC_USDT")
+    again = recorded(settings, ledger, exchange)
     row = ledger.find(first.run_id)
     assert (row.state, row.version, again.state) == ("published", first.version, "skipped")
     assert len(ModelStore(settings.store_url).versions("BTC_USDT")) == 1
@@ -194,17 +196,55 @@ def test_two_machines_one_run(database_url):  # noqa: F811
     engine = connect(database_url)
     migrate(engine)
     noon = pd.Timestamp("2026-11-24T12:00Z")
-    plan = Planned("BTC_USDT-1h-20261124T120000Z-abc", "BTC_USDT", "1h", noon, "default", "abc")
+    run, runs = identify(BTC, noon, load_recipe("default")), Path("runs")
     ledger = RunLedger(engine, lambda: noon)
-    assert [ledger.begin(plan), ledger.begin(plan)] == [1, None]
-    ledger.finish(plan.run_id, "refused", reason="why")
-    assert [ledger.begin(plan), ledger.begin(plan, again=["refused"])] == [None, 2]
-    ledger.finish(plan.run_id, "published", version="v")
-    ledger.finish(plan.run_id, "failed")
-    (row,) = ledger.rows(pair="BTC_USDT", state="published", since=noon)
+    assert [ledger.begin(run, runs), ledger.begin(run, runs)] == [1, None]
+    ledger.finish(run, "refused", reason="why")
+    assert [ledger.begin(run, runs), ledger.begin(run, runs, again=["refused"])] == [None, 2]
+    ledger.finish(run, "published", version="v")
+    ledger.finish(run, "failed")
+    (row,) = ledger.rows(Pair.parse("BTC_USDT"), state="published", since=noon)
     assert (row.version, row.started_at, row.cutoff) == ("v", noon, noon)
-    assert ledger.find(str(row.id)).run_id == plan.run_id and ledger.forget(noon + pd.Timedelta("1s")) == 1
+    assert ledger.find(str(row.id)).run_id == run.text and ledger.forget(noon + pd.Timedelta("1s")) == 1
     engine.dispose()
+
+
+def test_a_plan_of_four_hour_candles_only(settings, exchange, ledger):
+    "HOUSE row 14: series of another interval are planned, trained and told like those of the hour."
+    plan = read_plan("- BTC_USDT/4h\n- {pair: ETH_USDT, interval: 4h}")
+    options = Options(jobs=1, runner="stand_in:run")
+    states = run_once(Schedule(settings, plan, options))
+    assert list(states) == ["POOLED_ALL/4h/pooled", "BTC_USDT/4h/finetune", "ETH_USDT/4h/finetune"]
+    assert [entry.state for entry in states.values()] == ["published"] * 3, states
+    assert {str(series_of(row)) for row in ledger.rows()} == {"POOLED_ALL/4h", "BTC_USDT/4h", "ETH_USDT/4h"}
+    assert {row.cutoff for row in ledger.rows()} == {exchange.clock.now().floor("4h")}
+    assert ledger.rows(BTC) == [] and len(ledger.rows(Pair.parse("BTC_USDT"))) == 1
+    again = run_once(Schedule(settings, plan, options))
+    assert [entry.state for entry in again.values()] == ["skipped"] * 3
+
+
+def test_a_real_notebook_of_four_hour_candles(settings, exchange, ledger):
+    four = recorded(settings, ledger, exchange, Series.parse("BTC_USDT/4h"))
+    assert (four.state, four.interval) == ("published", "4h"), four.reason
+    hour = recorded(settings, ledger, exchange)
+    store = ModelStore(settings.store_url)
+    assert store.champion("BTC_USDT/4h").version == four.version and store.champion(BTC).version == hour.version
+    assert Path(four.notebook).parent != Path(hour.notebook).parent
+
+
+def test_a_rolled_back_version_does_not_come_back(settings, exchange, ledger):
+    "HOUSE row 1: whoever makes up for a dead runner respects what a person has taken back."
+    first = recorded(settings, ledger, exchange)
+    exchange.clock.advance("1h")
+    second = recorded(settings, ledger, exchange)
+    store = ModelStore(settings.store_url)
+    assert store.rollback(BTC) == first.version
+    ledger.begin(read_run_id(second.run_id), settings.runs, again=["published"])  # as if its runner had died
+    (Path(second.notebook).parent / "outcome.json").unlink()
+    (row,) = close_abandoned(ledger, settings)
+    assert (row.state, row.version) == ("published", second.version)
+    assert store.champion(BTC).version == first.version
+    exchange.clock.advance("-1h")
 
 
 def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange, ledger):  # F36
@@ -213,12 +253,12 @@ def test_down_for_six_hours_is_one_run_for_the_newest_candle(settings, exchange,
     run_once(Schedule(settings, plan, options))
     before = exchange.clock.now()
     exchange.clock.advance("6h")
-    slots = run_once(Schedule(settings, plan, options))
-    assert [s.state for s in slots.values()] == ["published"] * 2
+    states = run_once(Schedule(settings, plan, options))
+    assert [s.state for s in states.values()] == ["published"] * 2
     cutoffs = sorted({r.cutoff for r in ledger.rows()})
     assert cutoffs == [before.floor("h"), exchange.clock.now().floor("h")] and len(ledger.rows()) == 4
-    slots = run_once(Schedule(settings, plan, options))
-    assert all(s.state == "skipped" and "asks for a run; that one was published" in s.note for s in slots.values())
+    states = run_once(Schedule(settings, plan, options))
+    assert all(s.state == "skipped" and "asks for a run; that one was published" in s.note for s in states.values())
 
 
 def test_a_training_longer_than_the_interval_never_overlaps_and_is_told(settings, exchange, ledger):  # F37
@@ -284,8 +324,8 @@ def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_pa
     try:
         wait_for(
             lambda: (
-                schedule.slots.get("BTC_USDT/1h/finetune")
-                and schedule.slots["BTC_USDT/1h/finetune"].state == "published"
+                schedule.states.get("BTC_USDT/1h/finetune")
+                and schedule.states["BTC_USDT/1h/finetune"].state == "published"
             )
         )
         (tmp_path / "pairs.yaml").write_text("pairs: [BTC_USDT, {pair: ETH_USDT, minuts: 2}]\n")
@@ -295,11 +335,11 @@ def test_the_list_is_read_again_and_a_bad_one_is_told(settings, exchange, tmp_pa
         look_around(schedule)
         wait_for(
             lambda: (
-                schedule.slots.get("ETH_USDT/1h/finetune")
-                and schedule.slots["ETH_USDT/1h/finetune"].state == "published"
+                schedule.states.get("ETH_USDT/1h/finetune")
+                and schedule.states["ETH_USDT/1h/finetune"].state == "published"
             )
         )
-        wait_for(lambda: schedule.slots["BTC_USDT/1h/nonsense"].problem)
+        wait_for(lambda: schedule.states["BTC_USDT/1h/nonsense"].problem)
         look_around(schedule)
         assert list(schedule.watch.alerts.open) == ["plan/BTC_USDT/1h/nonsense"]
         assert {job.id for job in schedule.jobs.get_jobs()} == {

@@ -10,23 +10,25 @@ import pandas as pd
 import pytest
 from tiny_model import publish
 
-from make_us_rich import report
-from make_us_rich import service as module
+from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings, utc_iso
 from make_us_rich.evaluation.checks import Check, Verdict
 from make_us_rich.evaluation.scores import evaluate
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import SAMPLE_LABEL, load_sample, next_returns, scorable_rows
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.features import split
 from make_us_rich.models.har import HarT
 from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
+from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.served_model import graph_returns, open_session
 from make_us_rich.registry.store import ModelStore
+from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
 from make_us_rich.runs.report import open_run, rows_to_test
-from make_us_rich.runs.train import run_training
+from make_us_rich.runs.train import train
 from make_us_rich.serving.forecasting import forecast_pair
 from make_us_rich.serving.service import Service
 
@@ -52,7 +54,11 @@ def settings(exchange, tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(settings):
     "The first run of a pair, by the real runner, with a network that cannot pass."
-    return run_training("BTC_USDT", settings=settings, parameters={"overrides": POOR})
+    settings.home.mkdir(exist_ok=True)
+    engine = connect(settings.db_url)
+    migrate(engine)
+    recipe = load_recipe("default", **POOR)
+    return train(Series.parse("BTC_USDT"), recipe, settings=settings, ledger=RunLedger(engine))
 
 
 def test_the_graph_is_the_model():
@@ -101,7 +107,7 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
 
 
 def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, monkeypatch):
-    monkeypatch.setattr(module, "try_model", lambda bundle: None)
+    monkeypatch.setattr("make_us_rich.serving.choice.try_model", lambda bundle: None)
     store = ModelStore(settings.store_url)
     har = store.champion("BTC_USDT").version
     network = publish(store, "BTC_USDT", CLOSED)
@@ -159,12 +165,12 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
         y, Q = next_returns(frame, rows), HarT(window=WINDOW).fit(frame, int(rows[0])).quantiles(frame, rows)
         return knowing.setdefault("Q", Q + 0.1 * y[:, None])
 
-    monkeypatch.setattr(report, "champion_returns", better)
+    monkeypatch.setattr("make_us_rich.runs.report.champion_returns", better)
     fallback = publish_fallback(run)
     assert fallback.version == "" and fallback.waiting and "serves this pair better" in fallback.sentence
     assert run.models.champion("BTC_USDT") is None and run.models.versions("BTC_USDT") == []
-    check = next(c for c in fallback.waiting[0].verdict["checks"] if c["name"] == "not_worse")
-    assert (check["passed"], fallback.waiting[0].passed) == (False, True)  # told, but no reason to refuse
+    check = next(c for c in fallback.waiting.verdict.checks if c.name == "not_worse")
+    assert (check.passed, fallback.waiting.verdict.passed) == (False, True)  # told, but no reason to refuse
 
     network = fallback_graph(fit_fallback(run.frame, part.start - 500), run.frame)  # plays the network
     result = SimpleNamespace(

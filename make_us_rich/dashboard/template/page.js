@@ -208,23 +208,23 @@ function spark(values) {
   return svg;
 }
 
-function card(pair, chosen, choose) {
+function card(line, chosen, choose) {
   const button = part("button", "mur-card"), head = part("span", "mur-card-head");
   button.type = "button";
-  button.dataset.pair = pair.pair;
-  button.setAttribute("aria-pressed", String(pair.pair === chosen));
-  head.append(part("b", "", pair.pair.replace("_", " / ")), part("span", `mur-badge mur-${pair.badge}`, pair.word));
+  button.dataset.series = line.series;
+  button.setAttribute("aria-pressed", String(line.series === chosen));
+  head.append(part("b", "", line.name), part("span", `mur-badge mur-${line.badge}`, line.word));
   const price = part("span", "mur-card-price");
-  price.append(part("span", "mur-num", pair.last), part("span", pair.change.startsWith("-") ? "mur-change mur-down" : "mur-change mur-up", pair.change));
+  price.append(part("span", "mur-num", line.last), part("span", line.change.startsWith("-") ? "mur-change mur-down" : "mur-change mur-up", line.change));
   button.append(head, price);
-  if (pair.closes.length > 1) button.append(spark(pair.closes));
-  if (pair.problem) button.append(part("span", "mur-card-note", pair.problem));
+  if (line.closes.length > 1) button.append(spark(line.closes));
+  if (line.problem) button.append(part("span", "mur-card-note", line.problem));
   else {
     const range = part("span", "mur-card-range");
-    range.append(part("span", "", pair.range), part("span", "", pair.rise));
+    range.append(part("span", "", line.range), part("span", "", line.rise));
     button.append(range);
   }
-  button.onclick = () => choose(pair.pair);
+  button.onclick = () => choose(line.series);
   return button;
 }
 
@@ -233,13 +233,13 @@ function cards({ model, el }) {
   box.setAttribute("role", "group");
   box.setAttribute("aria-label", "Pairs");
   el.append(box);
-  const choose = (pair) => { model.set("pair", pair); model.save_changes(); };
+  const choose = (series) => { model.set("chosen", series); model.save_changes(); };
   const draw = () => {
-    const held = document.activeElement?.dataset?.pair;
-    box.replaceChildren(...model.get("pairs").map((pair) => card(pair, model.get("pair"), choose)));
-    if (held) box.querySelector(`[data-pair="${CSS.escape(held)}"]`)?.focus();
+    const held = document.activeElement?.dataset?.series;
+    box.replaceChildren(...model.get("cards").map((line) => card(line, model.get("chosen"), choose)));
+    if (held) box.querySelector(`[data-series="${CSS.escape(held)}"]`)?.focus();
   };
-  model.on("change:pairs change:pair", draw);
+  model.on("change:cards change:chosen", draw);
   draw();
 }
 
