@@ -32,13 +32,13 @@ start = time.perf_counter()
 from make_us_rich.models.export import convert_model, validate_model
 from make_us_rich.serving.forecasting import forecast_pair
 from make_us_rich.runs.pretrain import train_pair
-from make_us_rich.runs.report import judge, open_run, walk_test_span
+from make_us_rich.runs.report import RunPlace, judge, open_run, walk_test_span
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
 imports, steps = time.perf_counter() - start, []
 for pair in json.loads(sys.argv[2]):
     marks = [("", time.perf_counter(), time.process_time())]
     mark = lambda name: marks.append((name, time.perf_counter(), time.process_time()))
-    run = open_run(pair, recipe="finetune", home=sys.argv[1], exchange_url=sys.argv[3]); mark("open")
+    run = open_run(pair, recipe="finetune", place=RunPlace(sys.argv[1], exchange_url=sys.argv[3])); mark("open")
     result = train_pair(run); mark("train")
     span = walk_test_span(run, result); mark("test span")
     model = convert_model(result.forecaster, {"pair": pair}); mark("export")
@@ -46,7 +46,7 @@ for pair in json.loads(sys.argv[2]):
     fallback = publish_fallback(run); mark("fallback")
     verdict = judge(run, result, span, parity.max_scaled); mark("judge")
     publish_or_refuse(run, result, model, span, verdict, fallback); mark("publish")
-    forecast_pair(pair, "1h", run.models, run.candles, run.client); mark("forecast")
+    forecast_pair(pair, run.models, run.candles, run.client); mark("forecast")
     steps.append({name: (round(b - a, 2), round(d - c, 2)) for (_, a, c), (name, b, d) in zip(marks, marks[1:])})
     assert result.recipe.name == "finetune", result.recipe.name
 print(json.dumps({"imports": imports, "steps": steps}))

@@ -36,8 +36,16 @@ def render(text: str) -> str:
     return re.sub(r"(<!-- rooms -->\n).*?(<!-- /rooms -->)", lambda m: f"{m[1]}\n{rooms()}\n\n{m[2]}", text, flags=re.S)
 
 
+def lost(text: str) -> list[str]:
+    "Pages that the text names and that are not there."
+    named = sorted(set(re.findall(r"`(\d\d_\w+/\d\d\w+)`", text)))
+    return [name for name in named if not (ROOT / "nbs" / f"{name}.ipynb").is_file()]
+
+
 if __name__ == "__main__":
     text = (ROOT / PAGE).read_text()
+    if gone := lost(text):
+        sys.exit(f"{PAGE} names {', '.join(gone)}, and there is no such page in nbs/; name the one that does it now")
     wanted = render(text)
     if "--check" in sys.argv:
         sys.exit(f"{PAGE} is not what the folders of nbs/ say; run make export" if wanted != text else 0)

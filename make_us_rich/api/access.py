@@ -79,8 +79,8 @@ class Authenticator:
     remember = 1.0  # seconds
 
     def __init__(self, engine: Engine, clock: Clock, monthly_calls: int, ticks: Ticks = time.monotonic) -> None:
-        self.engine, self.clock, self.ticks = engine, clock, ticks
-        self.monthly_calls = monthly_calls
+        self.engine, self.monthly_calls = engine, monthly_calls
+        self.clock, self.ticks = clock, ticks
         self.guesses = Limiter(clock=ticks)
         self.scoldings = Limiter(clock=ticks)
         self._known: dict[str, tuple[User, float]] = {}

@@ -44,6 +44,7 @@ ROLES = ("member", "admin")
 
 
 def _check_name(name: str, what: str) -> str:
+    "The name, or `SettingsError` if it breaks the rule."
     if not NAME.fullmatch(name):
         rule = f"the name of a {what} is 1 to 64 letters (a-z, A-Z), digits, dots, underscores or hyphens"
         raise SettingsError(f"{rule}, not {name[:70]!a}; choose another one", "bad_name")
@@ -57,6 +58,7 @@ SHORTEST, LONGEST = 12, 256
 
 
 def _check_password(password: str) -> str:
+    "The password, or `SettingsError` if it breaks the rule."
     if not SHORTEST <= len(password) <= LONGEST:
         rule = f"a password has {SHORTEST} to {LONGEST} characters, this one has {len(password)}"
         raise SettingsError(f"{rule}; take four random words, for example", "bad_password")
@@ -64,7 +66,7 @@ def _check_password(password: str) -> str:
 
 
 def _sendable(text: str) -> str:
-    "The text with half characters (lone surrogates) made harmless: no keyboard writes them, but a program can send them."
+    "The text with half characters (lone surrogates) made harmless: no keyboard writes them, but programs can."
     return text.encode("utf-8", "replace").decode()
 
 # %% ../../nbs/07_api/03_accounts.ipynb #5f5b75ab
@@ -81,7 +83,7 @@ def add_user(
     monthly_calls: int | None = None,
     actor: str = "local",
 ) -> User:
-    "A new user; without `password` only tokens let them in, without `monthly_calls` the usual number holds. `SettingsError` if a rule is broken."
+    "A new user; without `password` only tokens let them in, without `monthly_calls` the usual number holds."
     if role not in ROLES:
         raise SettingsError(f"a role is one of {', '.join(ROLES)}, not {role[:70]!a}; choose one of them", "bad_role")
     if monthly_calls is not None and not 0 <= monthly_calls <= MOST_CALLS:
@@ -143,11 +145,12 @@ NOT_KNOWN = (
 
 @cache
 def _nobodys_hash() -> str:
+    "The hash of a password that nobody has, to check against where there is nothing."
     return HASHER.hash(secrets.token_urlsafe(32))
 
 
 def verify_password(session: Session, name: str, password: str) -> User:
-    "The user of this name and password; `AuthError` with the same words after the same time for whatever reason it fails. About 23 ms of CPU."
+    "The user of this name and password; `AuthError` with the same words, after the same time, whyever it fails."
     user = session.scalars(select(User).where(User.name == name)).one_or_none() if NAME.fullmatch(name) else None
     known = user.password_hash if user is not None and not user.disabled else None
     right, renewed = HASHER.verify_and_update(_sendable(password[: LONGEST + 1]), known or _nobodys_hash())
@@ -159,6 +162,7 @@ def verify_password(session: Session, name: str, password: str) -> User:
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a4acfec7
 def _hash(raw: str) -> str:
+    "What the database keeps of a token."
     return hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()
 
 
@@ -201,7 +205,7 @@ WHOSE = select(User, Token).join(Token, Token.user_id == User.id).where(Token.sh
 
 
 def find_token(session: Session, raw: str, now: pd.Timestamp) -> User:
-    "The user of a token; `AuthError` with the same words whether it is unknown, revoked or expired, or its user disabled."
+    "The user of a token; `AuthError` with the same words if it is unknown, revoked, expired, or of a disabled user."
     found = session.execute(WHOSE, {"sha256": _hash(raw)}).one_or_none()
     if found is None:
         raise AuthError(NO_TOKEN)
@@ -244,11 +248,12 @@ COUNT = text(
 
 
 def _month(now: pd.Timestamp) -> str:
+    "The month of a moment in UTC, as the count names it."
     return now.tz_convert("UTC").strftime("%Y-%m")
 
 
 def count_call(session: Session, user_id: int, limit: int, now: pd.Timestamp) -> int | None:
-    "Count one call in the month of `now`: the calls used so far with this one, or None (and nothing counted) if the limit is reached."
+    "Count one call in the month of `now`: the calls used so far, or None (and nothing counted) at the limit."
     if limit <= 0:
         return None
     return session.scalar(COUNT, {"user": user_id, "month": _month(now), "limit": limit})
@@ -273,6 +278,7 @@ class Allowance:
 
     @property
     def left(self) -> int:
+        "Calls that are left."
         return max(0, self.limit - self.used)
 
 
@@ -290,12 +296,13 @@ def usage(session: Session, user: User, default: int, now: pd.Timestamp) -> Allo
 
 # %% ../../nbs/07_api/03_accounts.ipynb #d1664955
 class Limiter:
-    "At most `times` tries in `seconds` for each address, in this process; `clock` gives seconds that never run backwards."
+    "At most `times` tries in `seconds` for each address, in this process; `clock` never runs backwards."
 
     def __init__(
         self, times: int = 10, seconds: float = 60, clock: Callable[[], float] = time.monotonic, keep: int = 10_000
     ) -> None:
-        self.times, self.seconds, self.clock, self.keep = times, seconds, clock, keep
+        self.times, self.seconds = times, seconds
+        self.clock, self.keep = clock, keep
         self._tries: OrderedDict[str, deque[float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -316,6 +323,7 @@ class Limiter:
             return left
 
     def _wait(self, key: str) -> int:
+        "Seconds to wait, with the lock held; forgets tries that are over."
         tries, now = self._tries.get(key, deque()), self.clock()
         while tries and tries[0] <= now - self.seconds:
             tries.popleft()

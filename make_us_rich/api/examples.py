@@ -42,7 +42,7 @@ PASSWORD = "correct horse battery"
 
 
 def add_people(engine: Engine, now: pd.Timestamp = NOW) -> dict[str, str]:
-    "An admin and a member, and their tokens by role; also tokens that are wrong, revoked, expired, or of somebody disabled."
+    "An admin and a member, their tokens by role, and tokens that are wrong, revoked, expired, or of somebody disabled."
     day = pd.Timedelta("1D")
     with session(engine) as s:
         ana = add_user(s, "ana", now, role="admin", password=PASSWORD)
@@ -97,7 +97,7 @@ def example_service(
     for name in ("start", "run_forever", "tick", "update_models"):
         setattr(service, name, lambda *_: None)
     known = [Series.parse(each) for each in series]
-    service.states = {(str(each.pair), str(each.interval)): _state(service, each) for each in known}
+    service.states = {each: _state(service, each) for each in known}
     if candles:
         pair = str(known[0].pair)
         with ReplayServer({pair: load_sample(pair)}, now=NOW, label=SAMPLE_LABEL) as exchange:
@@ -107,8 +107,9 @@ def example_service(
 
 def _state(service: Service, series: Series) -> PairState:
     "What the service would know about a series an hour after its model was published."
-    state = PairState(series.pair, series.interval)
-    state.model = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))  # type: ignore[assignment]
+    state = PairState(series)
+    shown: Any = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))
+    state.model = shown  # what the routes look at of a model
     record = service.ledger.track_record(str(series.pair), interval=str(series.interval))
     state.record_body = orjson.dumps(record.to_dict())
     state.answer = Answer.of(a_forecast(pair=str(series.pair), interval=str(series.interval)), NOW)
@@ -152,7 +153,7 @@ class ExampleApi:
 
     def show(self, forecast: Forecast) -> None:
         "Let the service answer with this forecast."
-        self.service.states[forecast.pair, forecast.interval].answer = Answer.of(forecast, NOW)
+        self.service.states[Series.parse(forecast.pair, forecast.interval)].answer = Answer.of(forecast, NOW)
 
 
 def example_api(

@@ -88,7 +88,7 @@ def _candles_of(api: Api, state: PairState, hours: int) -> dict[str, Any]:
     "The closed candles of so many hours, times as text; at least one, at most `MOST_ROWS`."
     pair, interval = str(state.pair), str(state.interval)
     rows = min(max(1, hours * 3_600_000 // state.interval.ms), MOST_ROWS)
-    frame = api.service.parts.candles.read(Series(state.pair, state.interval), rows=rows)
+    frame = api.service.parts.candles.read(state.series, rows=rows)
     texts = frame.copy()
     for name in ("timestamp", "close_time"):
         written = frame[name].dt.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -96,7 +96,7 @@ def _candles_of(api: Api, state: PairState, hours: int) -> dict[str, Any]:
     return {
         "pair": pair,
         "interval": interval,
-        "source": api.service.parts.candles.info(Series(state.pair, state.interval)).source,
+        "source": api.service.parts.candles.info(state.series).source,
         "columns": list(frame.columns),
         "rows": texts.to_numpy(object).tolist(),
     }

@@ -8,8 +8,9 @@ __all__ = ['REQUEST_ID', 'JsonLines', 'configure_logging', 'log_request', 'Metri
 # %% ../../nbs/07_api/02_logs.ipynb #05496319
 import logging
 import os
+import time
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -22,19 +23,35 @@ from ..core.settings import log
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 
-class JsonLines(logging.Formatter):
-    "Each record as one JSON object on one line, without secrets."
+class JsonLines(logging.StreamHandler[Any]):
+    "Writes each record as one JSON object on one line, without secrets."
 
-    def format(self, record: logging.LogRecord) -> str:
-        "The line; `facts` of a record are fields of it, words of our own."
-        line = {"event": _told(record.getMessage()), **getattr(record, "facts", {})}
+    def emit(self, record: logging.LogRecord) -> None:
+        "Write a record; its words may be anybody's, so they are scrubbed."
+        try:
+            line = {"event": _told(record.getMessage()), "level": record.levelname.lower()}
+            if record.exc_info:
+                text = (self.formatter or logging.Formatter()).formatException(record.exc_info)
+                line["exception"] = _told(text)
+            self.write(line, record.created)
+        except Exception:
+            self.handleError(record)
+
+    def write(self, line: dict[str, Any], moment: float) -> None:
+        "Write a line whose words may be seen, with the id of the call that it is about."
         if request_id := REQUEST_ID.get():
             line["request_id"] = request_id
-        line["level"] = record.levelname.lower()
-        line["timestamp"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        if record.exc_info:
-            line["exception"] = _told(self.formatException(record.exc_info))
-        return orjson.dumps(line).decode()
+        line["timestamp"] = f"{_second(int(moment))}.{int(moment % 1 * 1000):03d}+00:00"
+        text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE).decode()
+        with self.lock:  # type: ignore[union-attr]  # made by logging.Handler
+            self.stream.write(text)
+            self.flush()
+
+
+@lru_cache(1)
+def _second(second: int) -> str:
+    "A second since 1970 as text."
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _told(text: str) -> str:
@@ -45,16 +62,18 @@ def _told(text: str) -> str:
 def configure_logging(stream: Any = None, level: str = "INFO") -> None:
     "JSON lines without secrets from every logger of this process, to `stream` (default: stderr)."
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not in a line
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=level, force=True)
+    logging.basicConfig(handlers=[JsonLines(stream)], level=level, force=True)
 
 
 def log_request(method: str, route: str, status: int, seconds: float, user: str) -> None:
     "One line about an answer; all its words are our own."
-    if log.isEnabledFor(logging.INFO):
-        facts = {"method": method, "route": route, "status": status, "ms": int(seconds * 1e5) / 100, "user": user}
-        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, "request", (), None, extra={"facts": facts}))
+    if not log.isEnabledFor(logging.INFO):
+        return
+    for handler in logging.root.handlers:
+        if isinstance(handler, JsonLines):
+            line = {"event": "request", "method": method, "route": route, "status": status}
+            line |= {"ms": int(seconds * 1e5) / 100, "user": user, "level": "info"}
+            handler.write(line, time.time())
 
 # %% ../../nbs/07_api/02_logs.ipynb #6bd04f4c
 class Metrics:
@@ -63,26 +82,20 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
+        newest: dict[str, Any] = {"registry": self.registry, "multiprocess_mode": "mostrecent"}
         steps = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10)
+        fine = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
         self.seconds = prometheus.Histogram(
-            "mur_request_seconds", "Time to answer.", ["route", "status"], **made, buckets=steps
-        )
-        self.quota_refused = prometheus.Counter(
-            "mur_quota_refused", "Calls refused because a month's calls were used up.", **made
+            "mur_request_seconds", "Time to answer.", ["route", "status"], buckets=steps, **made
         )
         self.model_age = prometheus.Gauge(
-            "mur_model_age_seconds", "Age of a model's newest candle.", ["pair"], **made, multiprocess_mode="mostrecent"
+            "mur_model_age_seconds", "Age of a model's newest candle.", ["pair"], **newest
         )
         self.candle_lag = prometheus.Gauge(
-            "mur_candle_lag_seconds",
-            "Time since the forecast's last close.",
-            ["pair"],
-            **made,
-            multiprocess_mode="mostrecent",
+            "mur_candle_lag_seconds", "Time since the forecast's last close.", ["pair"], **newest
         )
-        fine = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
         self.inference = prometheus.Histogram(
-            "mur_inference_seconds", "Time of the model for one forecast.", ["pair"], **made, buckets=fine
+            "mur_inference_seconds", "Time of the model for one forecast.", ["pair"], buckets=fine, **made
         )
         self._known: dict[tuple[str, int], prometheus.Histogram] = {}
 

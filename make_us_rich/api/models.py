@@ -87,7 +87,7 @@ def _models_of(request: Request, pair: PairText, interval: IntervalText = None) 
 
 def _published(api: Api, state: PairState) -> list[VersionInfo]:
     "All versions of a series, as the store lists them."
-    return api.service.parts.store.versions(Series(state.pair, state.interval))
+    return api.service.parts.store.versions(state.series)
 
 
 def _version(info: VersionInfo) -> Version:
@@ -127,7 +127,7 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: In
     "The version that it leaves answers no more: this candle is forecast again."
     api, caller = api_of(request), request.scope["caller"]
     state = state_of(api, pair, interval)
-    series = Series(state.pair, state.interval)
+    series = state.series
     usable = [info.version for info in _published(api, state) if info.manifest]
     if body.version and body.version not in usable:
         text = f"{series.name} has no such usable version; GET /v1/models/{pair} lists those there are"

@@ -159,7 +159,7 @@ class Api:
     @property
     def states(self) -> dict[Series, PairState]:
         "What the service knows about the series it serves."
-        return {Series(state.pair, state.interval): state for state in self.service.states.values()}
+        return self.service.states
 
 
 def api_of(request: Request) -> Api:
@@ -241,7 +241,7 @@ def ready_answer(state: PairState) -> Answer:
     "The forecast that the service has at hand, or a `Refusal`."
     if answer := state.answer:
         return answer
-    raise _no_forecast(Series(state.pair, state.interval))
+    raise _no_forecast(state.series)
 
 
 def _no_forecast(series: Series) -> Refusal:

@@ -60,6 +60,7 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _python(settings: Settings) -> Finding:
+    "Python is new enough."
     good = sys.version_info >= (3, 11)
     return Finding(
         "python",
@@ -70,6 +71,7 @@ def _python(settings: Settings) -> Finding:
 
 
 def _libraries(settings: Settings) -> Finding:
+    "What serving and training need is installed."
     lacking = [n for n in SERVING if not installed_version(n)]
     untrained = [n for n in TRAINING if not installed_version(n)]
     text = ", ".join(
@@ -90,6 +92,7 @@ def _libraries(settings: Settings) -> Finding:
 
 
 def _home(settings: Settings) -> Finding:
+    "The folder of the program can be written."
     probe = settings.home / ".doctor"
     settings.home.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"1")
@@ -98,8 +101,11 @@ def _home(settings: Settings) -> Finding:
 
 
 def _disk(settings: Settings) -> Finding:
+    "There is room."
     free = shutil.disk_usage(settings.home if settings.home.exists() else ".").free / 1e9
-    state = "ok" if free > 1 else "warn" if free > 0.1 else "fail"
+    state = "ok" if free > 1 else "warn"
+    if free < 0.1:
+        state = "fail"
     return Finding(
         "disk",
         state,
@@ -109,6 +115,7 @@ def _disk(settings: Settings) -> Finding:
 
 # %% ../../nbs/11_cli/04_doctor.ipynb #4f703326
 def _exchange(settings: Settings) -> Finding:
+    "The exchange answers, and the clocks agree."
     from make_us_rich.market.exchange import BinanceClient
 
     client = BinanceClient(settings.exchange_url)
@@ -127,6 +134,7 @@ def _exchange(settings: Settings) -> Finding:
 
 
 def _notebooks(settings: Settings) -> Finding:
+    "The run's notebook is there, with its parameters."
     from make_us_rich.runs.run import check_parameters, find_notebook
 
     path = find_notebook()
@@ -135,6 +143,7 @@ def _notebooks(settings: Settings) -> Finding:
 
 
 def _threads(settings: Settings) -> Finding:
+    "Trainings do not ask for more cores than there are."
     cores = os.cpu_count() or 1
     good = settings.threads <= cores
     return Finding(
@@ -146,11 +155,13 @@ def _threads(settings: Settings) -> Finding:
 
 
 def _wandb(settings: Settings) -> Finding:
+    "Where W&B runs go."
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     return Finding("wandb", "ok", f"{mode}; runs are always written to CSV too")
 
 
 def _models(settings: Settings) -> Finding:
+    "The stored versions are whole."
     from make_us_rich.registry.store import ModelStore
 
     store = ModelStore(settings.store_url)

@@ -47,7 +47,7 @@ PoolOption = Annotated[str, typer.Option(help="Name of the work pool.")]
 )
 def deploy_schedule(
     pairs: Annotated[
-        list[str] | None, typer.Argument(help="Pairs, each hourly; or use --file.", metavar="[PAIR...]")
+        list[str] | None, typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]")
     ] = None,
     file: Annotated[
         Path | None,
@@ -234,6 +234,7 @@ def fleet_plan(
 
 
 def _missing(told: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    "What the engine or a person must start now."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.schedule.fleet import missing_runs

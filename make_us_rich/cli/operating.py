@@ -7,23 +7,27 @@ __all__ = ['alerts_app', 'schedule', 'pretrain', 'runs', 'alerts_test', 'sync_wa
 
 # %% ../../nbs/11_cli/06_operating.ipynb #e30578aa
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from ..core.settings import get_settings, system_clock
-from .output import app, new_console, parse_overrides, say
+from .output import IntervalOption, app, new_console, parse_overrides, say, series_list
 from .train import open_run_ledger, train_one
+
+if TYPE_CHECKING:
+    from make_us_rich.market.series import Pair, Series
 
 # %% ../../nbs/11_cli/06_operating.ipynb #f9ae1753
 @app.command(
-    epilog="Examples: [bold]mkrich schedule BTC_USDT ETH_USDT[/] | [bold]mkrich schedule --file pairs.yaml --jobs 2[/] | [bold]mkrich schedule --once[/]"
+    epilog="Examples: [bold]mkrich schedule BTC_USDT ETH_USDT/4h[/] | "
+    "[bold]mkrich schedule --file pairs.yaml --jobs 2[/] | [bold]mkrich schedule --once[/]"
 )
 def schedule(
     pairs: Annotated[
         list[str] | None,
-        typer.Argument(help="Pairs, each hourly with the recipe finetune; or use --file.", metavar="[PAIR...]"),
+        typer.Argument(help="Pairs, each after its closes with the recipe finetune; or use --file.", metavar="[PAIR...]"),
     ] = None,
     file: Annotated[
         Path | None,
@@ -34,8 +38,9 @@ def schedule(
 ) -> None:
     """Retrain every pair in time: two minutes after each close, or as the list says.
 
-    The list:  pairs: [BTC_USDT, {pair: ETH_USDT, minutes: 5}, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
-    Hourly retraining is cheap fine-tuning from a network that is trained on all pairs each week. It gains little over a weekly one: see the notebook of this page.
+    The list:  pairs: [BTC_USDT, {pair: ETH_USDT/4h, minutes: 5}, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
+    Hourly retraining is cheap fine-tuning from a network that is trained on all pairs each week.
+    It gains little over a weekly one: see the notebook of this page.
     """
     from rich.live import Live
 
@@ -76,17 +81,20 @@ def pretrain(
         list[str] | None,
         typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
     ] = None,
+    interval: IntervalOption = None,
 ) -> None:
-    "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it, the schedule does both."
-    from make_us_rich.market.series import POOLED, Series
+    "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it."
+    from make_us_rich.market.series import POOLED
 
-    feed = tuple(Series.parse(pair) for pair in pairs or [])
-    if code := train_one(str(POOLED), "1h", "pooled", parse_overrides(assignments or []), get_settings(), feed=feed):
+    feed = tuple(series_list(pairs, interval))
+    overrides = parse_overrides(assignments or [])
+    if code := train_one(str(POOLED), interval, "pooled", overrides, get_settings(), feed):
         raise typer.Exit(code)
 
 # %% ../../nbs/11_cli/06_operating.ipynb #91dd5d5a
 @app.command(
-    epilog="Examples: [bold]mkrich runs[/] | [bold]mkrich runs BTC_USDT --state failed[/] | [bold]mkrich runs --show 17[/] | [bold]mkrich runs --follow 17[/]"
+    epilog="Examples: [bold]mkrich runs[/] | [bold]mkrich runs BTC_USDT --state failed[/] | "
+    "[bold]mkrich runs --show 17[/] | [bold]mkrich runs --follow 17[/]"
 )
 def runs(
     pair: Annotated[
@@ -101,6 +109,7 @@ def runs(
         str | None, typer.Option(help="All about one run: its number or the beginning of its id.", metavar="RUN")
     ] = None,
     follow: Annotated[str | None, typer.Option(help="The log of a run, until it has ended.", metavar="RUN")] = None,
+    interval: IntervalOption = None,
 ) -> None:
     "The run ledger: what ran, what became of it, and why."
     import pandas as pd
@@ -115,7 +124,17 @@ def runs(
         new_console().print(run_card(ledger.find(show)))
     else:
         after = None if since is None else system_clock() - pd.Timedelta(hours=since)
-        new_console().print(runs_table(ledger.rows(read_subject(pair), state, after, limit)))
+        new_console().print(runs_table(ledger.rows(_wanted(pair, interval), state, after, limit)))
+
+
+def _wanted(pair: str, interval: str | None) -> "Series | Pair | None":
+    "A series, or a pair with all its intervals, or all."
+    from make_us_rich.market.series import MINUTES, Series
+
+    if not pair:
+        return None
+    series = Series.parse(pair, interval)
+    return series if interval or pair.rpartition("/")[2] in MINUTES else series.pair
 
 # %% ../../nbs/11_cli/06_operating.ipynb #cd870249
 alerts_app = typer.Typer(help="Alerts: where they go, and whether they arrive.", no_args_is_help=True)

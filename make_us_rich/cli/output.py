@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES_HELP', 'app', 'SEVERITY', 'Pairs', 'OnePair', 'SomePairs', 'IntervalOption', 'new_console', 'say',
-           'show_progress', 'installed_version', 'main', 'sentence_of', 'worst_code', 'parse_overrides', 'report_path']
+           'show_progress', 'installed_version', 'main', 'sentence_of', 'worst_code', 'parse_overrides', 'series_list',
+           'only_interval', 'report_path']
 
 # %% ../../nbs/11_cli/01_output.ipynb #e6adbef8
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.markup import escape
 from ..core.settings import MakeUsRichError, SettingsError
 
 if TYPE_CHECKING:
+    from make_us_rich.market.series import Series
     from make_us_rich.runs.run import Outcome
 
 # %% ../../nbs/11_cli/01_output.ipynb #3cf43885
@@ -30,6 +32,7 @@ EXIT_CODES_HELP = "Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 no
 
 
 def new_console(stderr: bool = False) -> Console:
+    "Where a person reads: the standard output, or the standard error."
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else 120
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
@@ -64,18 +67,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Honest next-hour price ranges for crypto pairs.\n\nStart here: [bold]mkrich demo[/] shows the whole road, offline, in about a minute.",
+    help="Honest price ranges for crypto pairs.\n\n"
+    "Start here: [bold]mkrich demo[/] shows the whole road, offline, in about a minute.",
     epilog=EXIT_CODES_HELP,
 )
 
 
 def _show_version(wanted: bool) -> None:
+    "Show the version and end."
     if wanted:
         print(f"make_us_rich {installed_version('make_us_rich')}")
         raise typer.Exit
 
 
 def installed_version(name: str) -> str:
+    "Version of an installed package, empty if there is none."
     try:
         return version(name)
     except PackageNotFoundError:
@@ -89,7 +95,7 @@ def _common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    "Options of every command."
 
 
 def main(args: list[str] | None = None) -> None:
@@ -109,23 +115,27 @@ def main(args: list[str] | None = None) -> None:
 
 
 def sentence_of(error: Exception) -> str:
+    "An error as a sentence: the rule, the value, the remedy."
     if isinstance(error, MakeUsRichError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("make_us_rich"):
         return f"{error.name} is not installed; run: pip install 'make_us_rich[train]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'no file named'}; check the disk, its rights and MUR_HOME"
-    return f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}; run again with --debug and report what it shows"
+    first = (str(error) or "no text").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {first}; run again with --debug and report what it shows"
 
 # %% ../../nbs/11_cli/01_output.ipynb #320750b8
 SEVERITY = [0, 4, 3, 2, 1]  # exit codes, the worst last
 
 
 def worst_code(codes: list[int]) -> int:
+    "The exit code of several: that of the worst."
     return max(codes, key=lambda code: SEVERITY.index(code) if code in SEVERITY else len(SEVERITY))
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    "Numbers of a recipe from NAME=VALUE; values are read as YAML."
     import yaml
 
     found = {}
@@ -137,12 +147,31 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/11_cli/01_output.ipynb #c593ede2
-Pairs = Annotated[list[str], typer.Argument(help="One or more pairs, such as BTC_USDT or eth/usdt.", metavar="PAIR...")]
-OnePair = Annotated[str, typer.Argument(help="A pair, such as BTC_USDT or eth/usdt.", metavar="PAIR")]
+Pairs = Annotated[
+    list[str], typer.Argument(help="One or more pairs, such as BTC_USDT, eth/usdt or BTC_USDT/4h.", metavar="PAIR...")
+]
+OnePair = Annotated[str, typer.Argument(help="A pair, such as BTC_USDT, eth/usdt or BTC_USDT/4h.", metavar="PAIR")]
 SomePairs = Annotated[
     list[str] | None, typer.Argument(help="Pairs; without any: all that have a model.", metavar="[PAIR...]")
 ]
-IntervalOption = Annotated[str, typer.Option("--interval", help="Length of a candle, by the exchange's name.")]
+IntervalOption = Annotated[
+    str | None, typer.Option("--interval", help="Length of a candle, by the exchange's name; without: 1h, or PAIR/4h.")
+]
+
+
+def series_list(pairs: list[str] | None, interval: str | None) -> "list[Series]":
+    "The series that were named."
+    from make_us_rich.market.series import Series
+
+    return [Series.parse(pair, interval) for pair in pairs or []]
+
+
+def only_interval(found: "Iterable[Series]", interval: str | None) -> "list[Series]":
+    "Those of one interval; all, if none is named."
+    from make_us_rich.market.series import Interval
+
+    step = Interval.parse(interval) if interval else None
+    return sorted(series for series in found if step is None or series.interval == step)
 
 # %% ../../nbs/11_cli/01_output.ipynb #cd8ed9d5
 def report_path(outcome: "Outcome") -> str:

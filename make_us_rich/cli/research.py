@@ -44,8 +44,10 @@ def _candles_of(file: Path | None, sample: bool, settings: Settings) -> dict[str
 
 
 def _number(value: Any, digits: int) -> str:
-    whole = isinstance(value, float) and value.is_integer() and abs(value) >= 100
-    return f"{value:,.0f}" if whole else f"{value:.{digits}f}" if isinstance(value, float) else escape(str(value))
+    "A number of a table; counts without decimals."
+    if not isinstance(value, float):
+        return escape(str(value))
+    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 100 else f"{value:.{digits}f}"
 
 
 def _frame_table(frame: Any, digits: int = 3) -> Table:
@@ -65,7 +67,9 @@ def _verdict_table(verdict: Any) -> Table:
     for title in ("", "check", "found"):
         table.add_column(title, overflow="fold", no_wrap=title == "check")
     for check in verdict.checks:
-        mark = "[green]ok[/]" if check.passed else "[red]no[/]" if check.refuses else "[yellow]look[/]"
+        mark = "[green]ok[/]"
+        if not check.passed:
+            mark = "[red]no[/]" if check.refuses else "[yellow]look[/]"
         table.add_row(mark, check.name, escape(check.sentence))
     return table
 
@@ -119,12 +123,8 @@ def _walk(values: dict[str, Any], folder: Path, settings: Settings) -> "tuple[An
     from make_us_rich.runs.run import find_notebook
     from make_us_rich.runs.runner import run_notebook
 
-    pair, interval, models, source = (
-        values["pair"],
-        values["interval"],
-        values["models"],
-        {k: values[k] for k in ("candles_dir", "file")},
-    )
+    pair, interval = values["pair"], values["interval"]
+    models, source = values["models"], {name: values[name] for name in ("candles_dir", "file")}
     frame = backtest_candles(pair, interval, **source)
     with _bar(f"{pair} backtest") as show:
         pool = backtest_pool(models, frame, pair, interval, **source)
@@ -161,7 +161,8 @@ def _show_backtest(report: Any, out: str) -> None:
 
 # %% ../../nbs/11_cli/07_research.ipynb #66f9aa85
 @app.command(
-    epilog="Examples: [bold]mkrich backtest BTC_USDT --sample[/] | [bold]mkrich backtest BTC_USDT --since 2023-10-01 --models HAR-t,lstm,pooled,finetune,LightGBM[/]"
+    epilog="Examples: [bold]mkrich backtest BTC_USDT --sample[/] | "
+    "[bold]mkrich backtest BTC_USDT/4h --since 2023-10-01 --models HAR-t,lstm,pooled,finetune,LightGBM[/]"
 )
 def backtest(
     pair: OnePair,
@@ -173,16 +174,16 @@ def backtest(
     refit_every: Annotated[str, typer.Option(help="Time between two refits.")] = "7D",
     file: CandleFile = None,
     sample: SampleFlag = False,
-    interval: IntervalOption = "1h",
+    interval: IntervalOption = None,
 ) -> None:
-    "Walk forward over past candles: refit, forecast, score. Resumable; Parquet and a report in MUR_RUNS/backtests/PAIR."
-    from make_us_rich.market.series import Pair
+    "Walk forward over past candles: refit, forecast, score. Resumable; report in MUR_RUNS/backtests/PAIR."
+    from make_us_rich.market.series import Series
 
-    settings, name = get_settings(), str(Pair.parse(pair))
-    folder = (settings.runs / "backtests" / name / interval).absolute()
+    settings, series = get_settings(), Series.parse(pair, interval)
+    folder = (settings.runs / "backtests" / str(series)).absolute()
     values = {
-        "pair": name,
-        "interval": interval,
+        "pair": str(series.pair),
+        "interval": str(series.interval),
         "models": [text.strip() for text in models.split(",") if text.strip()],
         "since": since,
         "until": until,
@@ -203,36 +204,33 @@ def backtest(
 
 # %% ../../nbs/11_cli/07_research.ipynb #49805ad2
 @app.command(
-    epilog="Examples: [bold]mkrich gate BTC_USDT[/] | [bold]mkrich gate BTC_USDT --version 20231231T230000Z-0123456789ab[/]"
+    epilog="Examples: [bold]mkrich gate BTC_USDT/4h[/] | "
+    "[bold]mkrich gate BTC_USDT --version 20231231T230000Z-0123456789ab[/]"
 )
 def gate(
     pair: OnePair,
     version: Annotated[
         str | None, typer.Option(help="The version to judge; without: the champion.", metavar="VERSION")
     ] = None,
-    interval: IntervalOption = "1h",
+    interval: IntervalOption = None,
 ) -> None:
     "Judge a stored version again on the newest hours that it has not learned from. Exit code 4 if it does not pass."
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.series import Series
     from make_us_rich.market.exchange import BinanceClient
-    from make_us_rich.registry.store import ModelReader
+    from make_us_rich.market.series import Series
     from make_us_rich.registry.rejudge import regate
+    from make_us_rich.registry.store import ModelReader
 
-    settings, now = get_settings(), None
-    store, candles, client = (
-        ModelReader(settings.store_url),
-        CandleStore(settings.candles_dir),
-        BinanceClient(settings.exchange_url),
-    )
+    settings, series = get_settings(), Series.parse(pair, interval)
+    store, candles = ModelReader(settings.store_url), CandleStore(settings.candles_dir)
+    client, now = BinanceClient(settings.exchange_url), None
     try:
-        series = Series.parse(pair, interval)
         if version or store.champion(series):  # without a model there is nothing to fetch candles for
             candles.update(client, series)
             now = client.now()
     except (ExchangeError, CandleError) as e:
         say(f"mkrich: {e}; judging on the stored candles")
-    judged = regate(store, candles, Series.parse(pair, interval), version, now)
+    judged = regate(store, candles, series, version, now)
     new_console().print(
         _verdict_table(judged.verdict),
         "",
@@ -245,7 +243,8 @@ def gate(
 
 # %% ../../nbs/11_cli/07_research.ipynb #1f308a62
 @app.command(
-    epilog="Examples: [bold]mkrich leaktest BTC_USDT --quick --sample[/] | [bold]mkrich leaktest BTC_USDT --recipe mine.yaml[/]"
+    epilog="Examples: [bold]mkrich leaktest BTC_USDT --quick --sample[/] | "
+    "[bold]mkrich leaktest BTC_USDT/4h --recipe mine.yaml[/]"
 )
 def leaktest(
     pair: OnePair,
@@ -259,19 +258,25 @@ def leaktest(
     ] = False,
     file: CandleFile = None,
     sample: SampleFlag = False,
-    interval: IntervalOption = "1h",
+    interval: IntervalOption = None,
 ) -> None:
-    "Does a recipe see the future? Prefix invariance, shuffled targets, stale features, planted leaks. Exit code 4 if a test fails."
+    """Does a recipe see the future? Exit code 4 if a test fails.
+
+    The tests: prefix invariance, shuffled targets, stale features, planted leaks.
+    """
     from make_us_rich.evaluation.backtest import backtest_candles
-    from make_us_rich.market.series import Interval
+    from make_us_rich.market.series import Series
     from make_us_rich.evaluation.leaktest import leaktest as run_tests
     from make_us_rich.models.recipe import load_recipe
 
     loaded, settings = load_recipe(recipe, **parse_overrides(assignments or [])), get_settings()
-    rows = int(settings.history_days * 86_400_000 / Interval.parse(interval).ms)
-    frame = backtest_candles(pair, interval, **_candles_of(file, sample, settings)).tail(rows).reset_index(drop=True)
-    with _bar(f"{pair} leaktest") as show:
-        report = run_tests(frame, loaded, interval=interval, quick=quick, progress=show)
+    series = Series.parse(pair, interval)
+    step, rows = str(series.interval), int(settings.history_days * 86_400_000 / series.interval.ms)
+    frame = backtest_candles(str(series.pair), step, **_candles_of(file, sample, settings))
+    with _bar(f"{series.name} leaktest") as show:
+        report = run_tests(
+            frame.tail(rows).reset_index(drop=True), loaded, interval=step, quick=quick, progress=show
+        )
     new_console().print(_verdict_table(report.verdict), "", _frame_table(report.table))
     if not report.verdict.passed:
         raise GateRefused(f"recipe {loaded.name} failed a leak test: {report.verdict.reasons[0]}")

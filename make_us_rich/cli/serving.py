@@ -9,16 +9,18 @@ __all__ = ['users_app', 'tokens_app', 'UserName', 'serve', 'add', 'list_all', 'd
 # %% ../../nbs/11_cli/05_serving.ipynb #20aee4b5
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ..core.settings import ForecastUnavailable, get_settings, system_clock, utc_iso
-from .output import IntervalOption, SomePairs, app, new_console, say
+from .output import IntervalOption, SomePairs, app, new_console, only_interval, say, series_list
 
 if TYPE_CHECKING:
+    from make_us_rich.market.series import Series
+    from make_us_rich.serving.verify import Ledger
     from sqlalchemy.orm import Session
 
 # %% ../../nbs/11_cli/05_serving.ipynb #e04d3dc3
@@ -51,6 +53,7 @@ UserName = Annotated[str, typer.Argument(help="Name of a user: letters, digits, 
 
 @contextmanager
 def _database() -> "Iterator[Session]":
+    "A session of the database of these settings."
     from make_us_rich.core.database import connect, migrate, session
 
     engine = connect(get_settings().db_url)
@@ -63,6 +66,7 @@ def _database() -> "Iterator[Session]":
 
 
 def _plain_table(*columns: str) -> Table:
+    "A table with these columns."
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")
@@ -126,6 +130,7 @@ def enable(name: UserName) -> None:
 
 
 def _switch(name: str, disabled: bool) -> None:
+    "Lock a user out, or let them in."
     from make_us_rich.api.accounts import set_disabled
 
     with _database() as s:
@@ -135,7 +140,8 @@ def _switch(name: str, disabled: bool) -> None:
 # %% ../../nbs/11_cli/05_serving.ipynb #cf1b6eaf
 @tokens_app.command(
     "create",
-    epilog="Examples: [bold]mkrich tokens create ann[/] | [bold]TOKEN=$(mkrich tokens create ann --name phone --days 90)[/]",
+    epilog="Examples: [bold]mkrich tokens create ann[/] | "
+    "[bold]TOKEN=$(mkrich tokens create ann --name phone --days 90)[/]",
 )
 def create(
     user: UserName,
@@ -190,45 +196,44 @@ def revoke(number: Annotated[int, typer.Argument(help="Number of the token, see 
     say(f"token {number} is revoked")
 
 # %% ../../nbs/11_cli/05_serving.ipynb #1f1b8afe
-def _ledger_pairs(ledger: Any, pairs: list[str] | None, interval: str) -> list[str]:
-    from make_us_rich.market.series import Pair
+def _recorded(ledger: "Ledger", pairs: list[str] | None, interval: str | None) -> "list[Series]":
+    "The series that were named, or all that are on record."
+    from make_us_rich.market.series import MINUTES, Series
 
-    names = [str(Pair.parse(p)) for p in pairs or []] or sorted(
-        {r.pair for r in ledger.rows(None, interval, limit=10_000)}
-    )
-    if not names:
-        raise ForecastUnavailable(
-            "no forecast is on record yet; they are written down while `mkrich serve` runs", "no_record"
-        )
-    return names
+    steps = [interval] if interval else list(MINUTES)
+    found = {Series.parse(row.pair, step) for step in steps for row in ledger.rows(None, step, limit=10_000)}
+    wanted = series_list(pairs, interval) or only_interval(found, interval)
+    if not wanted:
+        remedy = "they are written down while `mkrich serve` runs"
+        raise ForecastUnavailable(f"no forecast is on record yet; {remedy}", "no_record")
+    return wanted
 
 
-@app.command(epilog="Examples: [bold]mkrich record[/] | [bold]mkrich record BTC_USDT[/]")
-def record(pairs: SomePairs = None, interval: IntervalOption = "1h") -> None:
-    "How the forecasts that were served turned out, pair by pair."
+def _open_ledger() -> "Ledger":
+    "The ledger of these settings, its tables up to date."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.serving.verify import Ledger
 
     engine = connect(get_settings().db_url)
     migrate(engine)
-    ledger = Ledger(engine)
-    for pair in _ledger_pairs(ledger, pairs, interval):
-        new_console().print(ledger.track_record(pair, interval=interval), "")
+    return Ledger(engine)
 
 
-@app.command(epilog="Examples: [bold]mkrich verify[/] | [bold]mkrich verify BTC_USDT[/]")
-def verify(pairs: SomePairs = None, interval: IntervalOption = "1h") -> None:
+@app.command(epilog="Examples: [bold]mkrich record[/] | [bold]mkrich record BTC_USDT BTC_USDT/4h[/]")
+def record(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
+    "How the forecasts that were served turned out, pair by pair."
+    ledger = _open_ledger()
+    for series in _recorded(ledger, pairs, interval):
+        new_console().print(ledger.track_record(series.pair, interval=series.interval), "")
+
+
+@app.command(epilog="Examples: [bold]mkrich verify[/] | [bold]mkrich verify BTC_USDT BTC_USDT/4h[/]")
+def verify(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     "Recompute the forecasts on record from closed candles; any difference is an error."
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.core.database import connect, migrate
-    from make_us_rich.serving.verify import Ledger
     from make_us_rich.registry.store import ModelStore
 
-    settings = get_settings()
-    engine = connect(settings.db_url)
-    migrate(engine)
-    ledger = Ledger(engine)
-    for pair in _ledger_pairs(ledger, pairs, interval):
-        new_console().print(
-            ledger.verify(pair, ModelStore(settings.store_url), CandleStore(settings.candles_dir), interval)
-        )
+    settings, ledger = get_settings(), _open_ledger()
+    store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
+    for series in _recorded(ledger, pairs, interval):
+        new_console().print(ledger.verify(series.pair, store, candles, series.interval))

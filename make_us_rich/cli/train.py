@@ -25,12 +25,15 @@ from make_us_rich.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from make_us_rich.market.series import Series
+    from make_us_rich.models.recipe import Recipe
     from make_us_rich.runs.ledger import RunLedger
     from make_us_rich.runs.run import Outcome
 
-# %% ../../nbs/11_cli/02_train.ipynb #16b796d0
+# %% ../../nbs/11_cli/02_train.ipynb #3e49a193
 @app.command(
-    epilog="Examples: [bold]mkrich train BTC_USDT ETH_USDT[/] | [bold]mkrich train SOL_USDT --set members=1 --deadline 300[/]"
+    epilog="Examples: [bold]mkrich train BTC_USDT ETH_USDT/4h[/] | "
+    "[bold]mkrich train SOL_USDT --set members=1 --deadline 300[/]"
 )
 def train(
     pairs: Pairs,
@@ -41,7 +44,7 @@ def train(
     ] = None,
     history_days: Annotated[int | None, typer.Option(help="Days of candles to train on (MUR_HISTORY_DAYS).")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds that one run may take (MUR_DEADLINE).")] = None,
-    interval: IntervalOption = "1h",
+    interval: IntervalOption = None,
 ) -> None:
     "Train pairs at the newest closed candle, judge them, publish those that pass the gate."
     settings = get_settings(history_days=history_days, deadline=deadline)
@@ -52,33 +55,39 @@ def train(
 
 
 def train_one(
-    pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any
+    pair: str,
+    interval: str | None,
+    recipe: str,
+    overrides: dict[str, Any],
+    settings: Settings,
+    feed: "tuple[Series, ...]" = (),
 ) -> int:
     "The exit code of one training; an error is said and stops no other pair."
+    from make_us_rich.market.series import Series
+    from make_us_rich.models.recipe import load_recipe
+
     try:
-        return train_and_tell(pair, interval, recipe, overrides, settings, **options).exit_code
+        series, loaded = Series.parse(pair, interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
+        return train_and_tell(series, loaded, settings, feed).exit_code
     except MakeUsRichError as e:
         say(f"mkrich: {e}")
         return e.exit_code
 
 
 def train_and_tell(
-    pair: str, interval: str, recipe: str, overrides: dict[str, Any], settings: Settings, **options: Any
+    series: "Series", recipe: "Recipe", settings: Settings, feed: "tuple[Series, ...]" = ()
 ) -> "Outcome":
-    from make_us_rich.market.series import Series
-    from make_us_rich.models.recipe import load_recipe
-
-    series, loaded = Series.parse(pair, interval), load_recipe(recipe, **overrides)  # wrong input leaves no trace
+    "One training with its progress, its outcome and its page."
     from make_us_rich.runs.evidence import keep_page, warm_up
     from make_us_rich.runs.execution import TrainOptions
-    from make_us_rich.runs.train import train as start_training
+    from make_us_rich.runs.train import train as train_series
 
-    with show_progress(pair) as show:
+    with show_progress(series.name) as show:
         show("fetching candles")
         warm_up()
-        options_now = TrainOptions(again=True, tell=show, **options)
+        options = TrainOptions(again=True, tell=show, feed=feed)
         ledger = open_run_ledger(settings)
-        outcome = start_training(series, loaded, settings=settings, ledger=ledger, options=options_now)
+        outcome = train_series(series, recipe, settings=settings, ledger=ledger, options=options)
         outcome = keep_page(outcome, settings)
     if outcome.state == "failed" and not outcome.notebook:  # nothing was started
         say(f"mkrich: {outcome.reason}")
@@ -88,7 +97,7 @@ def train_and_tell(
 
 
 def open_run_ledger(settings: Settings) -> "RunLedger":
-    "The run ledger of these settings, its tables up to date; StoreError if the database cannot be used, since a run without its account would be lost."
+    "The run ledger of these settings, its tables up to date; StoreError if the database cannot be used."
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.runs.ledger import RunLedger
 
@@ -98,9 +107,13 @@ def open_run_ledger(settings: Settings) -> "RunLedger":
 
 
 def outcome_lines(outcome: "Outcome") -> str:
+    "What became of a run, for a person."
+    from make_us_rich.market.series import Series
+
+    name = Series.parse(outcome.pair, outcome.interval).name
     colour = {"published": "green", "skipped": "green", "refused": "yellow"}.get(outcome.state, "red")
     lines = [
-        f"[bold]{outcome.pair}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"
+        f"[bold]{name}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"
     ]
     lines += [escape(f"  {outcome.reason}")] if outcome.reason else []
     report = report_path(outcome)

@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 # %% ../../nbs/01_core/06_database.ipynb #c405ab0f
 TROUBLES = {
     "locked": "is locked by another program; let that one finish or stop it, then try again",
-    "read_only": "can be read but not written; let this program write to it, or set MUR_DATABASE_URL to another",
+    "read_only": "can be read but not written; "
+    "let the user who runs this program write to it, or set MUR_DATABASE_URL to another one",
     "damaged": "is damaged or is not a database; put it aside and bring back its last backup",
     "full": "has no room left on its disk; free some, then try again",
     "unreachable": "cannot be reached; check that it is there and runs, or set MUR_DATABASE_URL to another one",
     "refused": "refuses this user, password or name; check MUR_DATABASE_URL",
     "busy": "has no free connection; try again in a moment, or allow it more of them",
-    "outdated": "has not got the tables that this program needs; start `mkrich serve`, or run migrate(engine)",
+    "outdated": "has not got the tables that this program needs; "
+    "run migrate(engine), which mkrich serve does when it starts",
     "conflict": "holds a row that excludes this one; look at what is there first",
     "unfit": "cannot hold such a value; whole numbers have 64 bits at most, and texts are Unicode without NUL",
 }

@@ -52,10 +52,12 @@ class PageState:
         "The chosen series as people read it."
         return series_name(self.series)
 
-    def path(self, what: str, more: str = "", **values: int) -> str:
-        "Where the API tells about the chosen series: `/v1/WHAT/PAIR/MORE`, with its interval."
-        query = "".join(f"&{name}={value}" for name, value in values.items())
-        return f"/v1/{what}/{self.series.partition('/')[0]}{more}?interval={self.interval}{query}"
+    def path(self, what: str, more: str = "", **values: int | str) -> str:
+        "Where the API tells about the chosen series: `/v1/WHAT/PAIR/MORE`, with its interval where that is not the hour."
+        if self.interval != "1h":
+            values = dict(interval=self.interval, **values)
+        query = "&".join(f"{name}={value}" for name, value in values.items())
+        return f"/v1/{what}/{self.series.partition('/')[0]}{more}" + (f"?{query}" if query else "")
 
     def choose(self, series: str) -> None:
         "Show another series."
@@ -101,7 +103,7 @@ class PageState:
         if self.series not in known:
             self.series = next((key for key in known if key.startswith(f"{self.series}/")), known[0])
         candles, history = await asyncio.gather(
-            self.api.ask("GET", self.path("candles")),
+            self.api.ask("GET", self.path("candles", hours=min(2000, 2 * interval_minutes(self.interval)))),  # 120 candles
             self.api.ask("GET", self.path("forecasts", "/history", limit=130)),
         )
         if mine == self.asked:

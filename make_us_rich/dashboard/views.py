@@ -42,14 +42,12 @@ class ForecastView(W.Box):
         "Draw what the page knows."
         state, forecast = self.state, self.state.forecast
         candles = state.candles
-        nothing = (
-            "No pair is served yet: train and publish one." if state.loaded_at else "Waiting for the first answer."
-        )
+        nothing = "No pair is served yet: train and publish one." if state.loaded_at else "Waiting for the first answer."
         self.card.value = forecast_card(forecast, state.now) if forecast else f"<p>{nothing}</p>"
         self.legend.value = legend_html(state.interval)
         if candles and series_of(candles) == state.series and candles["rows"]:
-            what = f"with past ranges and the ranges of the next {noun(state.interval)}"
-            label = f"The newest {len(candles['rows'])} candles of {state.name}, {what}"
+            unit = noun(state.interval)
+            label = f"Candles of {state.name}, with past ranges and the ranges of the next {unit}"
             self.chart.draw(forecast_figure(candles, forecast, state.history), label)
 
 
@@ -83,7 +81,8 @@ class RecordView(W.VBox):
         self.state, self.loaded = state, ("", 0.0)
         self.note, self.tiles = make_html(), make_html()
         self.rules, self.table = make_html("", "mur-panel"), make_html("", "mur-panel")
-        self.title, self.skill = make_html(), Chart(height="260px")
+        self.title = make_html("<h2>Loss of the ranges against no change</h2>")
+        self.skill = Chart(height="260px")
         self.promise = Chart(height="260px")
         better = "Below 1 (dashed: no change) is better. The band holds the true ratio 95 times of 100."
         diamond = "Dot and bar: what happened, with its 95 % interval. Diamond: what was promised."

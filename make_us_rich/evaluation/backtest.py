@@ -32,7 +32,7 @@ from ..models.baselines import MEDIAN, RANGES, Base
 from ..models.har import candle_variance, decayed_mean
 from .scores import Scores, coverage, crps, dm_test, evaluate, hit_rate, pit_counts
 from .calibration import online_width, widen
-from .plots import new_figure, set_title
+from .plots import new_figure, set_title, twenty_bins
 from make_us_rich.evaluation.walk import (
     POOLED_NAMES,
     Block,
@@ -79,7 +79,7 @@ class BacktestReport:
 
     @functools.cached_property
     def scores(self) -> Scores:
-        "The score table of page 08_evaluation."
+        "The score table of the page *Scores*."
         return evaluate(self.frame, self.rows, self.forecasts, self.interval)
 
     @property
@@ -102,7 +102,7 @@ def backtest(
     pair: str = "",
     pool: Pool | None = None,
 ) -> BacktestReport:
-    "Walk forward over checked candles: refit each model every `refit_every`, forecast each hour from what was known; resumable in `out`."
+    "Walk over checked candles: refit every `refit_every`, forecast each hour from what was known; resumable in `out`."
     step, asked = Interval.parse(interval), contenders(models, interval, pool)
     blocks = plan_blocks(frame, since, until, refit_every, step)
     found: dict[str, list[np.ndarray]] = {contender.name: [] for contender in asked}
@@ -125,7 +125,7 @@ def backtest(
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #7db259c5
 def skill_table(report: BacktestReport) -> pd.DataFrame:
-    "One row per model: CRPS / base with interval, t and p; MAE and RMSE against the last close; direction; coverage as made and as served."
+    "One row per model: CRPS / base with interval, t, p; errors against the last close; direction; coverage."
     table = report.scores.table.drop(index=["base", "naive"], errors="ignore")
     ratio, t = table["crps/base"].astype(float), table["dm_t"].astype(float)
     error = (1.96 * (ratio - 1) / t.where(t != 0)).abs().fillna(0.0)
@@ -147,7 +147,7 @@ def skill_table(report: BacktestReport) -> pd.DataFrame:
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #882d5ac8
 def against(report: BacktestReport, name: str) -> pd.DataFrame:
-    "`name` against every other model and the base on the same hours: CRPS ratio with interval, t, p, and a verdict in words."
+    "`name` against every other model and the base on the same hours: CRPS ratio with interval, t, p, and a word."
     if name not in report.forecasts:
         raise SettingsError(
             f"there is no {name!r} in this backtest, only {', '.join(report.forecasts)}; name one of them", "peer"
@@ -160,11 +160,9 @@ def against(report: BacktestReport, name: str) -> pd.DataFrame:
         t, p = dm_test(mine - theirs)
         ratio = mine.mean() / theirs.mean()
         error = abs(1.96 * (ratio - 1) / t) if t else 0.0
-        word = (
-            "no difference that these hours can show"
-            if abs(t) < 1.96
-            else f"{name} is {'better' if t < 0 else 'worse'}"
-        )
+        word = f"{name} is {'better' if t < 0 else 'worse'}"
+        if abs(t) < 1.96:
+            word = "no difference that these hours can show"
         lines[other] = {
             "CRPS ratio": ratio,
             "low": ratio - error,
@@ -187,17 +185,13 @@ def duels(report: BacktestReport) -> pd.DataFrame:
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #0a144c6b
 def coverage_by_volatility(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
-    "Share held in quiet, usual and loud hours (thirds of the volatility known when the forecast was made), and the spread between them."
-    volatility = np.sqrt(decayed_mean(candle_variance(report.frame, log_returns(report.frame, report.interval)), 24))[
-        report.rows
-    ]
+    "Share held in quiet, usual and loud hours (thirds of the volatility known before), and the spread between them."
+    variance = candle_variance(report.frame, log_returns(report.frame, report.interval))
+    volatility = np.sqrt(decayed_mean(variance, 24))[report.rows]
     third = np.searchsorted(np.quantile(volatility, [1 / 3, 2 / 3]), volatility)
+    served = {f"{name}, served": Q for name, Q in report.served.items()}
     found = {}
-    for name, Q in {
-        "base": report.base,
-        **report.forecasts,
-        **{f"{name}, served": Q for name, Q in report.served.items()},
-    }.items():
+    for name, Q in {"base": report.base, **report.forecasts, **served}.items():
         found[name] = {
             part: coverage(report.y[third == i], Q[third == i], percent)
             for i, part in enumerate(("quiet", "usual", "loud"))
@@ -207,7 +201,7 @@ def coverage_by_volatility(report: BacktestReport, percent: int = 80) -> pd.Data
 
 
 def coverage_by_week(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
-    "Share held in each whole week (168 hours, or 7 days of other candles) of the backtest; one column per model as served, and the base."
+    "Share held in each whole week of the backtest; one column per model as served, and the base."
     length = max(1, round(pd.Timedelta("7D") / report.interval.delta))
     weeks = np.arange(len(report.y)) // length
     whole = weeks < len(report.y) // length
@@ -218,20 +212,8 @@ def coverage_by_week(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
     return table.set_axis(report.issued.groupby(weeks).first()[: len(table)].dt.date, axis=0).rename_axis("week of")
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #c5b91c1d
-_COLOURS = (
-    "#1f5fbf",
-    "#e08a1e",
-    "#2e8b57",
-    "#8a4fbf",
-    "#c8374b",
-    "#0f9aa8",
-    "#7a5c3e",
-    "#b0468f",
-    "#5f7f1f",
-    "#444444",
-    "#a08020",
-    "#3f6fa0",
-)
+_COLOURS = ("#1f5fbf", "#e08a1e", "#2e8b57", "#8a4fbf", "#c8374b", "#0f9aa8")
+_COLOURS += ("#7a5c3e", "#b0468f", "#5f7f1f", "#444444", "#a08020", "#3f6fa0")
 
 
 def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure":
@@ -251,7 +233,8 @@ def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure"
     ax.set_ylabel(f"hours inside the {percent} % range, %", fontsize=9)
     ax.legend(fontsize=8, frameon=False, ncols=4)
     off = (100 * table.drop(columns="base") - percent).abs().max()
-    worst = f"{off.idxmin()}'s worst week is off by {off.min():.1f} points, the base's by {(100 * table['base'] - percent).abs().max():.1f}"
+    base = (100 * table["base"] - percent).abs().max()
+    worst = f"{off.idxmin()}'s worst week is off by {off.min():.1f} points, the base's by {base:.1f}"
     set_title(ax, report.pair, worst if len(table) else "not one whole week yet")
     return figure
 
@@ -278,7 +261,7 @@ def plot_pit(report: BacktestReport) -> "Figure":
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names, strict=False):
         counts = pit_counts(report.y, report.served[name])
-        bins = np.concatenate([[counts[:2].sum()], counts[2:-2], [counts[-2:].sum()]]) / n * 20
+        bins = twenty_bins(counts) / n * 20
         ax.axhspan(1 - chance, 1 + chance, color="#6b7280", alpha=0.18)
         ax.bar(np.arange(20) * 5 + 2.5, bins, width=4.4, color="#1f5fbf", alpha=0.75)
         ax.axhline(1, color="black", linewidth=0.8)
@@ -291,7 +274,7 @@ def plot_pit(report: BacktestReport) -> "Figure":
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #c3caa4b4
 def skill_over_time(report: BacktestReport) -> pd.DataFrame:
-    "Cumulated CRPS gain over the base, in hours of the base's mean loss, by time of issue; `chance` is the half-width of the 95 % cone."
+    "Cumulated CRPS gain over the base, in hours of its mean loss; `chance` is the half-width of the 95 % cone."
     reference = crps(report.y, report.base)
     gains = {name: (reference - crps(report.y, Q)) / reference.mean() for name, Q in report.forecasts.items()}
     n, widths = len(reference), []
@@ -336,7 +319,7 @@ def plot_skill_over_time(report: BacktestReport) -> "Figure":
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #ced5956c
 def sign_value(report: BacktestReport, fee: float = 10.0) -> pd.DataFrame:
-    "Per model, in bp an hour: what following the sign of the median earned before fees, what it paid at `fee` bp a side, and what was left."
+    "Per model, in bp an hour: what the sign of the median earned, what it paid at `fee` bp a side, what was left."
     lines = {}
     for name, Q in report.forecasts.items():
         side = np.sign(Q[:, MEDIAN])
@@ -367,42 +350,35 @@ def _half(values: np.ndarray) -> float:
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #39ab372b
 def findings(report: BacktestReport) -> list[str]:
     "The report in sentences."
-    skill, worth, first, last = skill_table(report), sign_value(report), report.issued.iloc[0], report.issued.iloc[-1]
-    kind = (
-        ""
-        if str(report.interval) == "1h"
-        else f" Skill was measured on 1h candles only; on {report.interval} these numbers are all there is."
-    )
-    lines = [
-        f"{len(report.y)} forecasts of {report.interval} candles from {first:%Y-%m-%d} to {last:%Y-%m-%d}, {len(report.blocks)} refits.{kind}"
-    ]
-    for name, row in skill.iterrows():
-        sure = (
-            "better than the base"
-            if row["high"] < 1
-            else "worse than the base"
-            if row["low"] > 1
-            else "no difference to the base is proved"
-        )
+    first, last = report.issued.iloc[0], report.issued.iloc[-1]
+    span = f"{len(report.y)} forecasts of {report.interval} candles from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
+    lines = [f"{span}, {len(report.blocks)} refits."]
+    if str(report.interval) != "1h":
+        lines[0] += f" Skill was measured on 1h candles only; on {report.interval} these numbers are all there is."
+    for name, row in skill_table(report).iterrows():
+        sure = "no difference to the base is proved"
+        if row["high"] < 1:
+            sure = "better than the base"
+        elif row["low"] > 1:
+            sure = "worse than the base"
         held = f"the 80 % range held {row['80 % held']:.1%}, with the online width {row['80 % served']:.1%}"
         lines.append(
             f"{name}: CRPS / base {row['CRPS / base']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {sure}; {held}."
         )
-    for name, row in worth.dropna(subset=["direction right"]).iterrows():
-        right = f"{row['direction right']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of the directions right, {row['needed']:.1%} needed after fees"
-        luck = f"no more than holding the coin, which made {row['hold bp/h']:+.1f}"
-        word = (
-            "not a profit"
-            if row["net low"] <= 0
-            else luck
-            if row["over hold low"] <= 0
-            else "more than holding on these hours, which is no promise"
-        )
+    for name, row in sign_value(report).dropna(subset=["direction right"]).iterrows():
+        share = f"{row['direction right']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+        right = f"{share} of the directions right, {row['needed']:.1%} needed after fees"
+        word = "more than holding on these hours, which is no promise"
+        if row["net low"] <= 0:
+            word = "not a profit"
+        elif row["over hold low"] <= 0:
+            word = f"no more than holding the coin, which made {row['hold bp/h']:+.1f}"
         lines.append(f"{name}: {right}; {row['net bp/h']:+.1f} bp an hour at 10 bp a side: {word}.")
     return lines
 
 
 def _markdown(report: BacktestReport) -> str:
+    "The sentences as a list."
     return "\n".join([f"**{report.pair or 'Backtest'}**", "", *(f"- {line}" for line in findings(report))])
 
 
@@ -412,7 +388,7 @@ BacktestReport._repr_markdown_ = _markdown  # type: ignore[attr-defined]
 def backtest_candles(
     pair: str | Pair = "BTC_USDT", interval: str | Interval = "1h", candles_dir: str = "", file: str = ""
 ) -> pd.DataFrame:
-    "Checked candles of a Parquet or CSV file, of the candle store in `candles_dir`, or (both empty) of the embedded sample."
+    "Checked candles of a Parquet or CSV file, of the store in `candles_dir`, or (both empty) of the embedded sample."
     if file:
         return _read_file(file, interval)
     if candles_dir:
@@ -425,6 +401,7 @@ def backtest_candles(
 
 
 def _read_file(file: str, interval: str | Interval) -> pd.DataFrame:
+    "Checked candles of a file; CandleError if it is none of candles."
     try:
         return clean_candles(read_candles(Path(file)), interval)[0]
     except (ValueError, OSError) as e:  # what pandas and pyarrow say about a file that is something else

@@ -23,7 +23,7 @@ def widen(Q: np.ndarray, width: float | np.ndarray) -> np.ndarray:
 def online_width(
     frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, interval: str | Interval = "1h", gamma: float = 0.02
 ) -> np.ndarray:
-    "Width [n] for forecasts Q at increasing `rows`, within [0.5, 2]; row t uses outcomes known at the close of t; starts at 1."
+    "Width [n] in [0.5, 2] for forecasts Q at increasing `rows`; row t uses outcomes known at its close; starts at 1."
     if np.any(np.diff(rows) <= 0):
         raise ValueError("online_width follows time, so rows must increase; sort them")
     low, high = RANGES[80]

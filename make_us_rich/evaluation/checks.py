@@ -19,7 +19,7 @@ from ..models.baselines import LEVELS, Peer
 # %% ../../nbs/04_evaluation/03_checks.ipynb #182b67bb
 @dataclass(frozen=True)
 class Check:
-    "One rule applied: its name, whether it held, the value found, the rule, a sentence for a person, and whether it may refuse."
+    "One rule applied: name, whether it held, the value found, the rule, a sentence, and whether it may refuse."
 
     name: str
     passed: bool
@@ -58,17 +58,15 @@ class Verdict:
         return {"passed": self.passed, "reasons": self.reasons, "warnings": self.warnings, "checks": checks}
 
     def _repr_markdown_(self) -> str:
-        n, failed, warned = len(self.checks), len(self.reasons), len(self.warnings)
-        head = (
-            f"**Passed**: all {n - warned} checks hold."
-            if self.passed
-            else f"**Refused**: {failed} of {n} checks failed."
-        )
-        head += f" {warned} warned: look before you trust it." if warned else ""
-        rows = [
-            f"| {'✓' if c.passed else '✗' if c.refuses else '!'} | {c.name} | {c.rule} | {c.sentence} |"
-            for c in self.checks
-        ]
+        "A sentence, and a table of the checks."
+        n, warned = len(self.checks), len(self.warnings)
+        head = f"**Refused**: {len(self.reasons)} of {n} checks failed."
+        if self.passed:
+            head = f"**Passed**: all {n - warned} checks hold."
+        if warned:
+            head += f" {warned} warned: look before you trust it."
+        mark = {(True, True): "✓", (True, False): "✓", (False, True): "✗", (False, False): "!"}
+        rows = [f"| {mark[c.passed, c.refuses]} | {c.name} | {c.rule} | {c.sentence} |" for c in self.checks]
         return "\n".join([head, "", "| | check | rule | found |", "|---|---|---|---|", *rows])
 
 # %% ../../nbs/04_evaluation/03_checks.ipynb #ca6bc72f
@@ -94,7 +92,7 @@ def future_effect(
     Q: np.ndarray,
     probes: list[int],
 ) -> float:
-    "Largest change of a forecast when the future of row rows[i], i in probes, is cut or altered; 1 = as wide as its own 95 % range."
+    "Largest change of a forecast of rows[i], i in probes, without its future or with another; 1 = its 95 % range."
     effect = 0.0
     for i in probes:
         for other in cut_and_altered(frame, int(rows[i])):
@@ -109,28 +107,15 @@ def shape_checks(Q: np.ndarray) -> list[Check]:
     crossed = int(((np.diff(Q, axis=1) < 0).any(axis=1) | ~(Q[:, -1] > Q[:, 0])).sum())
     wrong = f"{bad} of {n} forecasts are not finite; look at the training loss and the candles of those hours."
     tangled = f"{crossed} of {n} forecasts cross or are empty; use a head that is monotone by construction."
+    sound, ordered = f"All {n} forecasts are finite.", f"All {n} forecasts are in order."
     return [
-        make_check(
-            "finite",
-            n > 0 and bad == 0,
-            bad,
-            "every quantile is a finite number",
-            f"All {n} forecasts are finite.",
-            wrong,
-        ),
-        make_check(
-            "monotone",
-            crossed == 0,
-            crossed,
-            "quantiles rise with their level",
-            f"All {n} forecasts are in order.",
-            tangled,
-        ),
+        make_check("finite", n > 0 and bad == 0, bad, "every quantile is a finite number", sound, wrong),
+        make_check("monotone", crossed == 0, crossed, "quantiles rise with their level", ordered, tangled),
     ]
 
 # %% ../../nbs/04_evaluation/03_checks.ipynb #a9105c9b
 def check_peer(peer: Peer) -> Verdict:
-    "Does a peer keep the protocol? Finite, monotone, one row per row, and blind to the future; on 900 synthetic candles."
+    "Does a peer keep the protocol? One row per row, finite, monotone, blind to the future; on 900 synthetic candles."
     frame, end = fake_candles(900), 700
     rows = np.arange(end, 899)
     Q = peer.fit(frame, end).quantiles(frame, rows)
@@ -140,14 +125,7 @@ def check_peer(peer: Peer) -> Verdict:
     if not right:
         return Verdict([shape])
     effect = future_effect(lambda other, r: peer.fit(other, end).quantiles(other, r), frame, rows, Q, [0, 60, 170, -1])
-    good, bad = (
-        "Altering the future changes nothing.",
-        f"Altering the future moved a forecast by {effect:.3g} of its range.",
-    )
-    return Verdict(
-        [
-            shape,
-            *shape_checks(Q),
-            make_check("causal", effect <= 1e-9, effect, "the future does not change a forecast", good, bad),
-        ]
-    )
+    good = "Altering the future changes nothing."
+    bad = f"Altering the future moved a forecast by {effect:.3g} of its range."
+    causal = make_check("causal", effect <= 1e-9, effect, "the future does not change a forecast", good, bad)
+    return Verdict([shape, *shape_checks(Q), causal])

@@ -16,7 +16,7 @@ import pandas as pd
 from ..market.series import Interval
 from ..market.candles import log_returns, next_returns
 from ..models.baselines import FAIR_HOURS, MEDIAN, Base
-from .scores import coverage, crps, dm_test, hit_rate, percent_text
+from .scores import PROOF, coverage, crps, dm_test, hit_rate, percent_text
 from .calibration import online_width, widen
 from .checks import Check, Verdict, future_effect, make_check, shape_checks
 
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     "How far a model may go before it is refused, or, in the last four, looked at."
 
     hours: int = FAIR_HOURS  # scored hours that make a fair judgement
-    t: float = 1.64  # Diebold-Mariano: chance passes it in 5 % of the cases, on one side
+    t: float = PROOF  # Diebold-Mariano, to one side
     cover80: tuple[float, float] = (0.75, 0.85)  # share of the hours inside the 80 % range
     cover95: tuple[float, float] = (0.925, 0.975)  # and inside the 95 % range
     width: tuple[float, float] = (0.75, 1.33)  # mean of the online width
@@ -170,7 +170,7 @@ def gate(
     incumbent: np.ndarray | None = None,
     now: pd.Timestamp | None = None,
 ) -> Verdict:
-    "May this model be published? Q and `incumbent` [n, 21]: unwidened log returns at `rows`; optional rules only if given."
+    "May this model be published? Q, `incumbent` [n, 21]: unwidened returns at `rows`; optional rules only if given."
     rows, checks = np.asarray(rows, dtype=int), shape_checks(Q)
     scored = np.flatnonzero(np.isfinite(next_returns(frame, rows, interval)))
     sound = all(check.passed for check in checks)

@@ -35,7 +35,8 @@ Build = Callable[[pd.DataFrame], TrainingData]
 
 def feature_effect(build: Build, frame: pd.DataFrame, rows: list[int]) -> tuple[float, float]:
     "Largest change of any feature of `rows` when their future is altered, and when it is cut off."
-    whole, altered, cut = build(frame), 0.0, 0.0
+    whole = build(frame)
+    altered = cut = 0.0
     for t in rows:
         ends, swings = (build(other).x for other in cut_and_altered(frame, t))
         i = t - whole.first
@@ -76,7 +77,7 @@ class Judged(NamedTuple):
 
 
 def scale_of(data: TrainingData, frame: pd.DataFrame, interval: str | Interval = "1h") -> np.ndarray:
-    "What the targets were divided by [n], from the returns themselves; where a return is zero or missing, the value before it."
+    "What the targets were divided by [n], from the returns; where a return is zero or missing, the value before it."
     y, scaled = next_returns(frame, np.arange(data.first, data.first + len(data.y)), interval), data.y.double().numpy()
     known = np.isfinite(y) & (scaled != 0)
     return pd.Series(np.where(known, y / np.where(known, scaled, 1), np.nan)).ffill().bfill().to_numpy()
@@ -119,13 +120,14 @@ def _delayed(data: TrainingData, hours: int) -> TrainingData:
 
 
 def _first_feature(data: TrainingData, values: Tensor) -> TrainingData:
+    "The values in place of the first feature."
     x = data.x.clone()
     x[:, 0] = values.clamp(-6, 6)
     return replace(data, x=x)
 
 
 def _centred(data: TrainingData, frame: pd.DataFrame, interval: str | Interval) -> Tensor:
-    "How far a mean over the hours before, now and after lies from the close, in thirds of the scale: about as large as other features."
+    "How far a mean of the closes before, now and after lies from the close, in thirds of the scale."
     close = frame["close"]
     gap = np.log(close.rolling(3, center=True, min_periods=1).mean() / close).to_numpy()[data.first :]
     return torch.from_numpy(3 * gap / scale_of(data, frame, interval)).float()
@@ -149,6 +151,7 @@ class LeakReport:
     verdict: Verdict
 
     def _repr_markdown_(self) -> str:
+        "The verdict and the scores."
         head = ["| trained on | CRPS / base | direction right | MAE / naive |", "|---|---|---|---|"]
         for name, row in self.table.iterrows():
             hit = f"{percent_text(row['hit'])} [{row['hit_low'] * 100:.1f}, {row['hit_high'] * 100:.1f}]"
@@ -157,44 +160,38 @@ class LeakReport:
 
 
 def _prefix(effect: tuple[float, float]) -> Check:
+    "No feature moves when its future does."
     altered, cut = effect
     rule = "the future changes no feature: not a bit if altered, 1e-5 if cut off"
-    bad = f"A feature moved by {max(effect):.2g} when its future was {'altered' if altered else 'cut off'}: it looks ahead; no result of it counts."
-    return make_check(
-        "prefix_invariance", altered == 0 and cut <= 1e-5, max(effect), rule, "No feature knows the future.", bad
-    )
+    found = f"A feature moved by {max(effect):.2g} when its future was {'altered' if altered else 'cut off'}"
+    bad, good = f"{found}: it looks ahead; no result of it counts.", "No feature knows the future."
+    return make_check("prefix_invariance", altered == 0 and cut <= LIMITS.future, max(effect), rule, good, bad)
 
 
 def _shuffle_check(hit: HitRate) -> Check:
-    found = f"After a training on shuffled targets the direction is right in {percent_text(hit.share)} [{hit.low * 100:.1f}, {hit.high * 100:.1f}]"
+    "Without the right targets the direction is a coin."
+    share = f"{percent_text(hit.share)} [{hit.low * 100:.1f}, {hit.high * 100:.1f}]"
+    found = f"After a training on shuffled targets the direction is right in {share}"
     bad = f"{found}: something besides the targets tells it the direction; look at how the test rows are made."
-    return make_check(
-        "shuffled_targets",
-        not hit.low > 0.5,
-        hit.share,
-        "shuffled targets leave no sign skill",
-        f"{found}: chance.",
-        bad,
-    )
+    rule = "shuffled targets leave no sign skill"
+    return make_check("shuffled_targets", not hit.low > 0.5, hit.share, rule, f"{found}: chance.", bad)
 
 
 def _delay_check(hours: int, stale: np.ndarray, fresh: np.ndarray) -> Check:
+    "Old features make the forecast worse."
     worse, t = stale.mean() / fresh.mean() - 1, dm_test(stale - fresh)[0]
-    found = f"With features {hours} candles old the CRPS is {percent_text(abs(worse))} {'worse' if worse > 0 else 'better'} (t = {t:.1f})"
+    change = f"{percent_text(abs(worse))} {'worse' if worse > 0 else 'better'} (t = {t:.1f})"
+    found = f"With features {hours} candles old the CRPS is {change}"
     bad = f"{found}: the features are not those of the moment; look at the time axis."
     return make_check(f"delayed_{hours}", worse > 0, worse, "stale features are worse", f"{found}.", bad)
 
 
 def _alarm_check(name: str, alarm: Check) -> Check:
-    bad = f"Planted: {name}, and no alarm rang (CRPS / base {alarm.value:.3f}): the network cannot use what it is given; train it longer."
-    return make_check(
-        f"planted_{name.split()[0]}",
-        not alarm.passed,
-        alarm.value or 0.0,
-        "the alarm rings",
-        f"Planted: {name}. {alarm.sentence.partition(';')[0]}.",
-        bad,
-    )
+    "A planted leak rings the alarm."
+    silent = f"Planted: {name}, and no alarm rang (CRPS / base {alarm.value:.3f})"
+    bad = f"{silent}: the network cannot use what it is given; train it longer."
+    good, value = f"Planted: {name}. {alarm.sentence.partition(';')[0]}.", alarm.value or 0.0
+    return make_check(f"planted_{name.split()[0]}", not alarm.passed, value, "the alarm rings", good, bad)
 
 # %% ../../nbs/04_evaluation/09_leaktest.ipynb #e3207d55
 QUICK_ROWS = 4000
@@ -209,13 +206,11 @@ def leaktest(
     build: Build | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LeakReport:
-    "Run all leak tests on checked candles with one network of a quantile recipe; `build` makes the training data (default: the product's)."
+    "Run all leak tests on checked candles with one network of a quantile recipe; `build` makes the training data."
     asked = recipe or load_recipe("default")
     if asked.kind != "quantile" or asked.start != "scratch":
-        raise SettingsError(
-            f"leak tests train a quantile recipe from scratch, and {asked.name!r} is none; take 'default' or a copy of it",
-            "recipe",
-        )
+        rule = f"leak tests train a quantile recipe from scratch, and {asked.name!r} is none"
+        raise SettingsError(f"{rule}; take 'default' or a copy of it", "recipe")
     if quick:
         frame = frame.iloc[-QUICK_ROWS:].reset_index(drop=True)
         asked = asked.model_copy(
@@ -257,6 +252,7 @@ PLANTED = ("target as a feature", "features one row early", "centred moving aver
 
 
 def _checks(found: dict[str, np.ndarray], at: Judged, delays: tuple[int, ...]) -> list[Check]:
+    "What the variants must show, one check each."
     honest = crps(at.y, found["honest data"])
     checks = [_shuffle_check(hit_rate(at.y, found["shuffled targets"][:, MEDIAN]))]
     checks += [_delay_check(hours, crps(at.y, found[f"features {hours} candles old"]), honest) for hours in delays]

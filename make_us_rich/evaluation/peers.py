@@ -33,7 +33,8 @@ class Scheduled:
     refit = 168
 
     def __init__(self, interval: str | Interval = "1h") -> None:
-        self.interval, self.end, self.learned = Interval.parse(interval), 0, None
+        self.interval = Interval.parse(interval)
+        self.end, self.learned = 0, None
 
     def learn(self, frame: pd.DataFrame) -> Any:
         "Whatever `answer` needs, from all that is known."
@@ -53,7 +54,8 @@ class Scheduled:
         rows = np.asarray(rows, dtype=int)
         if len(rows) and rows.min() < self.end:
             raise ValueError(
-                f"{self.name} was fitted at row {self.end} and would look ahead at row {rows.min()}; fit it with an earlier end"
+                f"{self.name} was fitted at row {self.end} and would look ahead at row {rows.min()}; "
+                "fit it with an earlier end"
             )
         Q, period = np.empty((len(rows), len(LEVELS))), (rows - self.end) // self.refit
         for k in np.unique(period):
@@ -165,11 +167,8 @@ def peer_features(frame: pd.DataFrame, interval: str | Interval = "1h") -> tuple
     open_, high, low, close, volume, taker = (
         frame[name].to_numpy(float) for name in ("open", "high", "low", "close", "volume", "tb_base_av")
     )
-    r, path, size = (
-        np.nan_to_num(log_returns(frame, step)),
-        _log_path(frame, step),
-        np.maximum(high - low, 1e-9 * close),
-    )
+    r, path = np.nan_to_num(log_returns(frame, step)), _log_path(frame, step)
+    size = np.maximum(high - low, 1e-9 * close)
     reported = (volume > 0) & (taker > 0)
     share = np.where(reported, 5 * (np.divide(taker, volume, out=np.full(len(frame), 0.5), where=reported) - 0.5), 0.0)
     gaps = [(decayed_mean(path, half_life) - path) / s for half_life in (1, 2, 4, 8, 24)]
@@ -224,7 +223,8 @@ class EwmaRange:
             known = known[np.isfinite(known)]
             if len(known) < 240:
                 raise CandleError(
-                    f"{self.name} needs 240 outcomes after its warm-up of 48 candles, not {len(known)}; score later rows",
+                    f"{self.name} needs 240 outcomes after its warm-up of 48 candles, not {len(known)}; "
+                    "score later rows",
                     "short_history",
                 )
             Q[i] = sigma[t] * np.quantile(known, LEVELS)
@@ -243,7 +243,8 @@ class GarchT(Scheduled):
         scale = float(returns.std()) if len(returns) >= 240 else 0.0
         if scale == 0:
             raise CandleError(
-                f"GARCH-t needs 240 returns that are not all equal, there are {len(returns)}; fit it on a longer history",
+                f"GARCH-t needs 240 returns that are not all equal, there are {len(returns)}; "
+                "fit it on a longer history",
                 "short_history",
             )
         model = _package("arch").arch_model(
@@ -283,7 +284,8 @@ class LightGbmQuantile(Scheduled):
         known = known[known >= 240]  # slow averages need some days
         if len(known) < 240:
             raise CandleError(
-                f"LightGBM needs 240 outcomes after its warm-up of 240 candles, not {len(known)}; fit it on a longer history",
+                f"LightGBM needs 240 outcomes after its warm-up of 240 candles, not {len(known)}; "
+                "fit it on a longer history",
                 "short_history",
             )
         data = lightgbm.Dataset(x[known], np.clip(y[known] / s[known], -8, 8), params=_TREES, free_raw_data=False)
@@ -308,9 +310,8 @@ class TorchPeer:
 
         def train(frame: pd.DataFrame) -> Any:
             if frame["timestamp"].iloc[-1] < newest:
-                raise ValueError(
-                    f"{name} was trained on candles up to {newest}, later than {frame['timestamp'].iloc[-1]}; fit it at a later row"
-                )
+                late = f"{name} was trained on candles up to {newest}, later than {frame['timestamp'].iloc[-1]}"
+                raise ValueError(f"{late}; fit it at a later row")
             return forecaster
 
         return cls(name, train)

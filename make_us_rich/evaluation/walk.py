@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'POOLED_NAMES', 'COLUMNS', 'Pool', 'Contender', 'contenders', 'Block', 'plan_blocks', 'forecast_block',
-           'block_path', 'read_block', 'keep_block']
+           'code_version', 'block_path', 'read_block', 'keep_block']
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #657aa77c
 import difflib
@@ -25,6 +25,7 @@ from ..market.series import Interval
 from ..market.candles import content_hash, scorable_rows
 from ..models.baselines import LEVELS, Peer
 from ..models.recipe import Recipe, load_recipe
+from .gate import LIMITS
 from .peers import PEERS, TorchPeer, make_peer
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #3cc93bc3
 class Pool:
-    "Candles of many pairs, and the networks pooled from them: one for each `every`, from what had closed at its beginning."
+    "Candles of many pairs, and the networks pooled from them: one for each `every`, from what had closed by then."
 
     def __init__(
         self,
@@ -41,7 +42,8 @@ class Pool:
         recipe: Recipe | None = None,
         every: str = "28D",
     ) -> None:
-        self.frames, self.interval, self.every = dict(frames), Interval.parse(interval), pd.Timedelta(every)
+        self.frames = dict(frames)
+        self.interval, self.every = Interval.parse(interval), pd.Timedelta(every)
         self.recipe = recipe or load_recipe("pooled")
         self._networks: dict[pd.Timestamp, Pooled] = {}
 
@@ -72,7 +74,7 @@ class Pool:
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #7463bf47
 class Contender(NamedTuple):
-    "One model of a backtest; `identity` changes when the model does, and a pool has an identity of its own at each moment."
+    "One model of a backtest; `identity` changes when the model does, and a pool has one of its own at each moment."
 
     name: str
     make: Callable[[], Peer]
@@ -121,7 +123,7 @@ def _from_pool(name: str, pool: Pool | None) -> Contender:
 def contenders(
     models: Sequence[str] | Mapping[str, Any], interval: str | Interval = "1h", pool: Pool | None = None
 ) -> list[Contender]:
-    "Contenders from names, or from a dict of recipes and functions that make a peer; SettingsError names the nearest known name."
+    "Contenders from names, or from a dict of recipes and functions that make a peer; a wrong name is told the nearest."
     step, found = Interval.parse(interval), []
     for name, model in dict(models if isinstance(models, Mapping) else dict.fromkeys(models)).items():
         if callable(model) or isinstance(model, Recipe):
@@ -175,14 +177,15 @@ def plan_blocks(
     refit_every: str = "7D",
     interval: str | Interval = "1h",
 ) -> list[Block]:
-    "Blocks of forecasts issued from `since` (empty: 21 days before the end) to `until`; CandleError if no hour can be forecast."
+    "Blocks of forecasts issued from `since` (empty: 21 days before the end) to `until`; refused if there is none."
     step = Interval.parse(interval)
     closes = frame["timestamp"] + step.delta
     last = closes.iloc[-1] if until in (None, "") else _moment(until or "", "until")
     first = _moment(since, "since") if since else last - pd.Timedelta("21D")
     if first > last:
         raise SettingsError(
-            f"since is {first:%Y-%m-%d %H:%M}, after {last:%Y-%m-%d %H:%M}, the end of the backtest; give an earlier since",
+            f"since is {first:%Y-%m-%d %H:%M}, after {last:%Y-%m-%d %H:%M}, the end of the backtest; "
+            "give an earlier since",
             "time",
         )
     try:
@@ -199,47 +202,45 @@ def plan_blocks(
     fits = [int(closes.searchsorted(start, side="right")) - 1 for start in starts]
     if not len(rows):
         span = f"{frame['timestamp'].iloc[0]:%Y-%m-%d} to {closes.iloc[-1]:%Y-%m-%d}"
-        rule = f"no hour from {first:%Y-%m-%d %H:%M} on can be forecast: it needs 840 candles before and one after it, the candles go from {span}"
+        needs = "it needs 840 candles before and one after it"
+        rule = f"no hour from {first:%Y-%m-%d %H:%M} on can be forecast: {needs}, the candles go from {span}"
         raise CandleError(f"{rule}; give a later --since or fetch a longer history", "short_history")
     return [Block(start, fit, rows[number == k]) for start, fit, k in zip(starts, fits, np.unique(number), strict=True)]
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #b4cb0d10
 def forecast_block(contender: Contender, frame: pd.DataFrame, block: Block, history: int = 8760) -> np.ndarray:
-    "Q [n, 21] of a block by a model fitted on the last `history` candles known at its start; TrainingError if it looks ahead."
+    "Q [n, 21] of a block by a model fitted on the last `history` candles before it; refused if it looks ahead."
     first = max(0, block.fit + 1 - history)
-    known, rows, end = (
-        frame.iloc[first : block.rows[-1] + 1].reset_index(drop=True),
-        block.rows - first,
-        block.fit - first,
-    )
+    known = frame.iloc[first : block.rows[-1] + 1].reset_index(drop=True)
+    rows, end = block.rows - first, block.fit - first
     peer = contender.make().fit(known.iloc[: end + 1], end)
     Q, middle = peer.quantiles(known, rows), len(rows) // 2
     again = peer.quantiles(known.iloc[: rows[middle] + 1], rows[[middle]])
     moved = np.abs(again[0] - Q[middle]).max() / max(Q[middle, -1] - Q[middle, 0], 1e-12)
-    if not moved <= 1e-5:
+    if not moved <= LIMITS.future:
         when = known["timestamp"].iloc[rows[middle]]
-        found = f"{contender.name} changes its forecast of {when:%Y-%m-%d %H:%M} UTC by {moved:.2g} of its range when later candles are hidden"
+        change = f"{contender.name} changes its forecast of {when:%Y-%m-%d %H:%M} UTC by {moved:.2g} of its range"
+        found = f"{change} when later candles are hidden"
         raise TrainingError(f"{found}; it looks ahead: find the leak with `mkrich leaktest`", "looks_ahead")
     return Q
 
 # %% ../../nbs/04_evaluation/07_walk.ipynb #9f556014
-_SOURCES = ("core/settings", "market/candles", "models", "evaluation")  # a module or a room
+_PACKAGE = Path(str(files("make_us_rich")))
+_SOURCES = ("market/series", "market/candles", "models", "evaluation")  # a module or a room
 
 
 COLUMNS = [f"q{level}" for level in LEVELS]
 
 
 @functools.cache
-def _code_version() -> str:
-    "A hash of the modules that make forecasts."
-    package = Path(str(files("make_us_rich")))
-    modules = [
-        path
-        for name in _SOURCES
-        for path in sorted([package / f"{name}.py", *(package / name).glob("*.py")])
-        if path.is_file()
-    ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
+def code_version(package: Path = _PACKAGE) -> str:
+    "A hash of the modules that make forecasts; FileNotFoundError if one of them has moved."
+    found = hashlib.sha256()
+    for name in _SOURCES:
+        modules = sorted((package / name).glob("*.py")) or [package / f"{name}.py"]
+        for path in modules:
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def block_path(out: Path, contender: Contender, frame: pd.DataFrame, block: Block, history: int = 8760) -> Path:
@@ -249,18 +250,15 @@ def block_path(out: Path, contender: Contender, frame: pd.DataFrame, block: Bloc
         content_hash(seen),
         contender.name,
         contender.identity,
-        _code_version(),
+        code_version(),
         str(block.start),
         str(len(block.rows)),
         str(history),
     ]
     if contender.pool:
         facts.append(contender.pool.identity(frame["timestamp"].iloc[block.fit] + contender.pool.interval.delta))
-    return (
-        out
-        / contender.name
-        / f"{block.start:%Y%m%dT%H%MZ}-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:12]}.parquet"
-    )
+    mark = hashlib.sha256("|".join(facts).encode()).hexdigest()[:12]
+    return out / contender.name / f"{block.start:%Y%m%dT%H%MZ}-{mark}.parquet"
 
 
 def read_block(path: Path, frame: pd.DataFrame, block: Block) -> np.ndarray | None:
@@ -277,6 +275,7 @@ def read_block(path: Path, frame: pd.DataFrame, block: Block) -> np.ndarray | No
 
 
 def keep_block(path: Path, frame: pd.DataFrame, block: Block, Q: np.ndarray) -> None:
+    "Write the forecasts of a block, with the open time of each row."
     table, buffer = pd.DataFrame(Q, columns=COLUMNS), io.BytesIO()
     table.insert(0, "timestamp", frame["timestamp"].to_numpy()[block.rows])
     table.to_parquet(buffer)

@@ -25,7 +25,7 @@ from .network import OriginalForecaster
 
 # %% ../../nbs/03_models/06_batches.ipynb #19cf6e34
 def chunk_starts(adjacent: np.ndarray, length: int, stop: int) -> Tensor:
-    "First rows of all chunks of `length` rows before `stop` without a gap inside; `adjacent[i]`: row i + 1 follows row i directly."
+    "First rows of all chunks of `length` rows before `stop` without a gap; `adjacent[i]`: row i + 1 follows row i."
     breaks = np.concatenate([[0], np.cumsum(~adjacent[: stop - 1])])  # gaps before each row
     starts = np.arange(max(0, stop - length + 1))
     return torch.from_numpy(starts[breaks[starts + length - 1] == breaks[starts]])
@@ -38,7 +38,9 @@ class ChunkBatches:
     "Batches of chunks `(x [B, L, p], y [B, L], mask [B, L])`: drawn anew in every epoch, or the given ones in order."
 
     def __init__(self, rows: Batch, starts: Tensor, length: int, batch: int, draws: int = 0, seed: int = 0):
-        self.rows, self.starts, self.length, self.batch, self.draws = rows, starts, length, batch, draws
+        self.rows, self.starts = rows, starts
+        self.length, self.batch = length, batch
+        self.draws = draws
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -96,7 +98,7 @@ def dense_rows(frame: pd.DataFrame, parts: Split, interval_ms: int) -> TrainingD
 
 # %% ../../nbs/03_models/06_batches.ipynb #99b24ea2
 def prepare(frame: pd.DataFrame, recipe: Recipe, interval: str | Interval = "1h") -> TrainingData:
-    "Features, targets and parts of a checked history; CandleError when it is too short, TrainingError when nothing moves."
+    "Features, targets and parts of a checked history; refused when it is too short or nothing moves in it."
     ms = Interval.parse(interval).ms
     parts = split(len(frame), recipe.test_size, recipe.val_size, recipe.steps)
     closes = frame["close"].to_numpy()[: parts.val.stop]
@@ -140,7 +142,8 @@ class CandleDataModule(pl.LightningDataModule):
 
     def __init__(self, data: TrainingData, recipe: Recipe, member: int = 0):
         super().__init__()
-        self.data, self.recipe, self.member = data, recipe, member
+        self.data, self.recipe = data, recipe
+        self.member = member
         self.windows = recipe.kind == "original"
 
     def held_out(self) -> range:
@@ -150,6 +153,7 @@ class CandleDataModule(pl.LightningDataModule):
         return range(int(edges[self.member]), int(edges[self.member + 1]))
 
     def train_dataloader(self) -> ChunkBatches:
+        "Chunks drawn from all rows before the test that are not held out."
         data, recipe = self.data, self.recipe
         if self.windows:
             return window_batches(data, recipe, "train", recipe.batch_size)
@@ -172,16 +176,16 @@ class CandleDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> ChunkBatches:
-        return (
-            window_batches(self.data, self.recipe, "val", 512)
-            if self.windows
-            else dense_batches(self.data, self.recipe, self.held_out())
-        )
+        "The held-out rows, in order."
+        return self._in_order("val", self.held_out())
 
     def test_dataloader(self) -> ChunkBatches:
+        "The rows of the test part, in order."
         test = self.data.split.test
-        return (
-            window_batches(self.data, self.recipe, "test", 512)
-            if self.windows
-            else dense_batches(self.data, self.recipe, range(test.start, test.stop))
-        )
+        return self._in_order("test", range(test.start, test.stop))
+
+    def _in_order(self, part: str, rows: range) -> ChunkBatches:
+        "A part without drawing: windows for the report's recipe, dense chunks for ours."
+        if self.windows:
+            return window_batches(self.data, self.recipe, part, 512)
+        return dense_batches(self.data, self.recipe, rows)

@@ -36,7 +36,7 @@ def messages(message: Any) -> Iterator[Any]:
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    "Remove all notes of the exporter and give values their names in order of use, so that equal models are equal bytes."
+    "Drop all notes of the exporter and name values in order of use, so that equal models are equal bytes."
     for message in list(messages(model)):
         for note in ("metadata_props", "doc_string"):
             if note in message.DESCRIPTOR.fields_by_name:
@@ -74,6 +74,7 @@ INPUTS, OUTPUTS = ("candles", "open_time", "width"), ("quantiles", "scale")
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    "What torch's exporter says is not heard."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -85,7 +86,7 @@ def _quiet() -> Iterator[None]:
 
 
 def convert_model(forecaster: torch.nn.Module, metadata: dict[str, str] | None = None) -> bytes:
-    """One self-contained ONNX graph from raw candles to price quantiles; the same weights and metadata give the same bytes.
+    """One self-contained ONNX graph from raw candles to price quantiles; equal weights and metadata give equal bytes.
 
     `metadata` (pair, interval, ...) is written into the file beside the window, the columns and the levels."""
     window = int(forecaster.window)  # type: ignore[arg-type]
@@ -139,7 +140,8 @@ def check_graph(data: bytes) -> onnx.ModelProto:
     if (list(model.graph.input), list(model.graph.output)) != signature(dims[1] if len(dims) == 3 else 0):
         found = ", ".join(x.name for x in [*model.graph.input, *model.graph.output])
         raise TrainingError(
-            f"the graph has other inputs and outputs ({found}) than the serving side counts on; export it with convert_model"
+            f"the graph has other inputs and outputs ({found}) than the serving side counts on; "
+            "export it with convert_model"
         )
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -173,8 +175,9 @@ def open_session(data: bytes) -> Any:
 def compare(
     ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], close: np.ndarray
 ) -> tuple[float, float]:
-    "Largest difference of (quantiles, scale) pairs, scaled and relative; TrainingError if it is beyond what is allowed."
-    (q, s), (p, t) = ours, theirs
+    "Largest difference of (quantiles, scale) pairs, scaled and relative; TrainingError if it is more than allowed."
+    q, s = ours
+    p, t = theirs
     if not (np.isfinite(p).all() and np.isfinite(t).all() and (np.diff(p) >= 0).all()):
         raise TrainingError(
             "the exported graph gives quantiles that are not finite or not in order; it is not published, train again"
@@ -183,15 +186,16 @@ def compare(
     scaled, price = np.abs(x - y), np.abs(p / q - 1).max()
     alike = (scaled <= 1e-5 + 1e-3 * np.abs(x)).all() and price <= 1e-6 and np.abs(t / s - 1).max() <= 1e-5
     if not alike:  # asked this way round, since a NaN is alike to nothing
-        rule = f"{scaled.max():.1e} in units of the scale (1e-5 + 0.1 % allowed) and {price:.1e} of the price (1e-6 allowed)"
-        raise TrainingError(
-            f"the exported graph differs from the trained model by {rule}; it is not published, see `mkrich doctor`"
+        rule = f"{scaled.max():.1e} in units of the scale (1e-5 + 0.1 % allowed)"
+        found = (
+            f"the exported graph differs from the trained model by {rule} and {price:.1e} of the price (1e-6 allowed)"
         )
+        raise TrainingError(f"{found}; it is not published, see `mkrich doctor`")
     return float(scaled.max()), float(price)
 
 # %% ../../nbs/03_models/10_export.ipynb #6c795a6b
 def validate_model(data: bytes, forecaster: torch.nn.Module, frame: pd.DataFrame, rows: int = 64) -> Parity:
-    "Check the graph and compare it with its forecaster on `rows` real windows, in batches of 1, 2 and all; TrainingError if they differ."
+    "Check the graph and compare it with its forecaster on `rows` real windows, in batches of 1, 2 and all."
     check_graph(data)
     session = open_session(data)
     window = int(forecaster.window)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def gap_weights(half_life: float, taps: int) -> Tensor:
 
 # %% ../../nbs/03_models/04_features.ipynb #1953eb5d
 class FirBank(nn.Module):
-    "Several causal weighted sums of one signal: `[B, T] -> [B, T - taps + 1, kernels]`; weights are flat within each `block` rows."
+    "Causal weighted sums of one signal: `[B, T] -> [B, T - taps + 1, kernels]`; weights are flat within `block` rows."
 
     weight: Tensor
 
@@ -72,10 +72,11 @@ class FirBank(nn.Module):
         padded = [F.pad(kernel.flip(0), (self.taps - len(kernel), 0)) for kernel in kernels]
         stairs = (
             torch.stack(padded).unflatten(1, (-1, block)).sum(-1)
-        )  # [kernels, taps / block], one weight for each block mean
+        )  # [kernels, taps / block]: one for each block mean
         self.register_buffer("weight", stairs[:, None].float(), persistent=False)
 
     def forward(self, signal: Tensor) -> Tensor:
+        "One sum for each kernel at each row that has all its taps."
         means = signal[:, None] if self.block == 1 else F.avg_pool1d(signal[:, None], self.block, stride=1)
         return F.conv1d(means, self.weight, dilation=self.block).transpose(1, 2)  # [B, T - taps + 1, kernels]
 
@@ -96,7 +97,8 @@ class Signals(NamedTuple):
 def candle_signals(candles: Tensor, open_time: Tensor, interval_ms: int) -> Signals:
     "Signals of raw candles `[B, T, 9]`; finite also for candles without volume, range or change."
     start, high, low, close = candles[:, 1:, :4].unbind(-1)  # [B, T - 1] each
-    volume, trades, taker = candles[..., 4], candles[..., 6], candles[:, 1:, 7]
+    volume, trades = candles[..., 4], candles[..., 6]
+    taker = candles[:, 1:, 7]
     adjacent = open_time[:, 1:] - open_time[:, :-1] == interval_ms
     r = torch.where(adjacent, torch.log(close / candles[:, :-1, 3]), 0.0)
     spread = torch.log(high / low)
@@ -159,6 +161,7 @@ VARIANCE_FLOOR = 1e-8  # one basis point, squared
 
 
 def _deviation(variance: Tensor) -> Tensor:
+    "Standard deviation, one basis point at least."
     return torch.sqrt(variance.clamp_min(VARIANCE_FLOOR))
 
 
@@ -171,7 +174,7 @@ def _volatility(one: Signals, scale: Tensor, others: Tensor) -> list[Tensor]:
 
 
 def _moves(averages: Tensor) -> list[Tensor]:
-    "Two momenta, five clipped and four softened EMA gaps from `[EMA6, gap1, gap2, gap4, gap8, EMA24, gap24]` over the scale."
+    "Two momenta, five clipped and four softened EMA gaps of `[EMA6, gap1, gap2, gap4, gap8, EMA24, gap24]` / scale."
     gaps = averages[..., [1, 2, 3, 4, 6]]  # [B, rows, 5]
     momentum = [(3 * averages[..., 0]).clamp(-6, 6), (6 * averages[..., 5]).clamp(-6, 6)]
     return [*momentum, *gaps.clamp(-6, 6).unbind(-1), *torch.tanh(4 * gaps[..., :4]).unbind(-1)]
@@ -188,7 +191,7 @@ NAMES = (
 
 # %% ../../nbs/03_models/04_features.ipynb #0d715a65
 class CandleFeatures(nn.Module):
-    "Candles `[B, T, 9]` and open times `[B, T]` -> (features float32 `[B, T - span, p]`, scale float64 `[B, T - span]`)."
+    "Candles `[B, T, 9]`, open times `[B, T]` -> (features float32 `[B, T - span, p]`, scale float64 `[B, T - span]`)."
 
     span = LONG
     names = tuple(NAMES)
@@ -206,6 +209,7 @@ class CandleFeatures(nn.Module):
         self.usual = FirBank(gap_weights(168, LONG), block=24)
 
     def forward(self, candles: Tensor, open_time: Tensor) -> tuple[Tensor, Tensor]:
+        "All features in the order of `names`, and the scale."
         rows = candles.shape[1] - self.span
         one = candle_signals(candles, open_time, self.interval_ms)
         daily = _deviation(self.day(one.variance))[..., 0]  # [B, T - SHORT]
@@ -221,9 +225,8 @@ class CandleFeatures(nn.Module):
         season = hour_activity(activity, open_time[:, SHORT + 1 :], target_time[:, SHORT + 1 :], LONG - SHORT - 1)
         level = _volatility(one, scale, others)
         columns = [*level, *moves[:2], *busy, *takers, *moves[2:], season, *clock_features(target_time[:, -rows:])]
-        return torch.stack(columns, 1).clamp(-8, 8).transpose(
-            1, 2
-        ).contiguous(), scale.double()  # stacked in rows, which is faster
+        x = torch.stack(columns, 1).clamp(-8, 8).transpose(1, 2)  # stacked in rows, which is faster
+        return x.contiguous(), scale.double()
 
 # %% ../../nbs/03_models/04_features.ipynb #565db3dd
 def targets(candles: Tensor, open_time: Tensor, interval_ms: int, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +272,7 @@ class OriginalFeatures(nn.Module):
     n_features = 9
 
     def forward(self, candles: Tensor, open_time: Tensor) -> Tensor:
+        "Calendar, prices and the change of the candle."
         weekday = clock(open_time)[1]
         day, month, _ = civil_date(open_time)
         thursday_of_year = civil_date(open_time + (3 - weekday) * 86_400_000)[2]

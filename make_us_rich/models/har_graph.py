@@ -12,8 +12,9 @@ import pandas as pd
 from onnx import TensorProto, helper, numpy_helper
 
 from ..market.series import Interval
+from ..market.candles import VALUE_COLUMNS
 from .baselines import LEVELS, MEDIAN
-from .har import HarT
+from .har import HarT, calendar_columns
 from .export import check_graph
 
 # %% ../../nbs/03_models/11_har_graph.ipynb #332dc211
@@ -49,9 +50,14 @@ class Nodes:
         return self("Slice", name, *(self.const([x], np.int64) for x in (start, stop, 1)))
 
 # %% ../../nbs/03_models/11_har_graph.ipynb #f7687a4d
+def _candle_column(g: Nodes, name: str) -> str:
+    "One column of the candles, `[B, 840]`."
+    return g("Gather", "candles", g.const(VALUE_COLUMNS.index(name), np.int64), axis=2)
+
+
 def _variance_nodes(g: Nodes, interval: Interval) -> tuple[str, str, str, str]:
     "Names of r, `adjacent` and variance `[B, 839]`, and of the log of the range `[B, 840]`."
-    opened, high, low, close = (g("Gather", "candles", g.const(i, np.int64), axis=2) for i in range(4))
+    opened, high, low, close = (_candle_column(g, name) for name in ("open", "high", "low", "close"))
     log_close, log_range = g("Log", close), g("Log", g("Div", high, low))
     steps = g("Sub", g.cut("open_time", 1, WINDOW), g.cut("open_time", 0, WINDOW - 1))
     adjacent = g("Equal", steps, g.const(interval.ms, np.int64))
@@ -59,7 +65,8 @@ def _variance_nodes(g: Nodes, interval: Interval) -> tuple[str, str, str, str]:
     r = g("Where", adjacent, change, g.const(0.0))
     body = g.cut(g("Log", g("Div", close, opened)), 1, WINDOW)
     spread = g.cut(log_range, 1, WINDOW)
-    wide, narrow = (g("Mul", g("Mul", x, x), g.const(k)) for x, k in ((spread, 0.5), (body, 2 * np.log(2) - 1)))
+    wide = g("Mul", g("Mul", spread, spread), g.const(0.5))
+    narrow = g("Mul", g("Mul", body, body), g.const(2 * np.log(2) - 1))
     garman_klass = g("Max", g("Sub", wide, narrow), g.const(0.0))
     both = g("Mul", g("Add", g("Mul", r, r), garman_klass), g.const(0.5))
     return r, adjacent, g("Where", adjacent, both, garman_klass), log_range
@@ -80,10 +87,17 @@ def _series(g: Nodes, values: str, columns: int, half_life: float, taps: int, fi
     scale = keep ** at[first : last + 1] * (1 - keep) / (1 - keep**taps)
     return g("Mul", g("Sub", upper, lower), g.const(scale))
 
-# %% ../../nbs/03_models/11_har_graph.ipynb #12a6b4ba
+# %% ../../nbs/03_models/11_har_graph.ipynb #a2684e76
 TAMED, HOURS = 120, 528  # rows before a variance can be tamed; rows that the factor of the hour looks back
 
 
+def _tamed_nodes(g: Nodes, variance: str) -> str:
+    "Name of the variance of rows 120 to 839, one wild print tamed."
+    before = _series(g, variance, WINDOW - 1, 240, TAMED - 1, TAMED - 2, WINDOW - 3)  # at the row before each
+    limit = g("Add", g("Mul", before, g.const(100.0)), g.const(1e-10))
+    return g("Min", g.cut(variance, TAMED - 1, WINDOW - 1), limit)
+
+# %% ../../nbs/03_models/11_har_graph.ipynb #12a6b4ba
 def _clock_nodes(g: Nodes, interval: Interval) -> tuple[str, str, str]:
     "Names of the coming hour of the last 529 rows `[B, 529]`, and of the newest row's hour and weekday `[B]`."
     coming = g("Add", g.cut("open_time", WINDOW - HOURS - 1, WINDOW), g.const(interval.ms, np.int64))
@@ -107,15 +121,11 @@ def _hour_nodes(g: Nodes, r: str, adjacent: str, tamed: str, hour: str) -> str:
 
 # %% ../../nbs/03_models/11_har_graph.ipynb #a0598331
 def _input_nodes(g: Nodes, r: str, tamed: str, log_range: str, season: str) -> tuple[str, str]:
-    "Names of the ten measured inputs `[B, 10]`, clipped as in `_har_inputs`, and of the scale `[B, 1]`."
+    "Names of the ten measured inputs `[B, 10]`, clipped as in `har_inputs`, and of the scale `[B, 1]`."
     rows = WINDOW - TAMED
     columns = np.stack([_column(h, min(6 * h, rows), rows) for h in (2, 6, 72, 240)], axis=1)
-    deviation = [
-        g("Sqrt", g("Add", g("MatMul", tamed, g.const(c)), g.const(1e-10)))
-        for c in (columns, _column(24, 144, rows)[:, None])
-    ]
-    scale = deviation[1]
-    ratios = g("Log", g("Div", deviation[0], scale))
+    others, scale = (_deviation(g, tamed, weights) for weights in (columns, _column(24, 144, rows)[:, None]))
+    ratios = g("Log", g("Div", others, scale))
     moves = [
         g("Abs", g.cut(r, WINDOW - 2, WINDOW - 1)),
         g("Mul", g.cut(log_range, WINDOW - 1, WINDOW), g.const(1 / np.sqrt(4 * np.log(2)))),
@@ -123,9 +133,7 @@ def _input_nodes(g: Nodes, r: str, tamed: str, log_range: str, season: str) -> t
     sizes = [g("Log", g("Add", g("Div", move, scale), g.const(0.05))) for move in moves]
     slow, quick = _column(168, rows, WINDOW)[:, None], _column(6, 36, WINDOW)[:, None]
     newest = np.eye(WINDOW)[:, [WINDOW - 1]]
-    volume, trades = (
-        g("Log", g("Add", g("Gather", "candles", g.const(i, np.int64), axis=2), g.const(1.0))) for i in (4, 6)
-    )
+    volume, trades = (g("Log", g("Add", _candle_column(g, name), g.const(1.0))) for name in ("volume", "trades"))
     busy = [
         g("MatMul", volume, g.const(np.hstack([newest - slow, quick - slow]))),
         g("MatMul", trades, g.const(newest - slow)),
@@ -133,11 +141,15 @@ def _input_nodes(g: Nodes, r: str, tamed: str, log_range: str, season: str) -> t
     return g("Clip", g("Concat", ratios, *sizes, *busy, season, axis=1), g.const(-8.0), g.const(8.0)), scale
 
 
+def _deviation(g: Nodes, tamed: str, weights: np.ndarray) -> str:
+    "Name of the volatilities at the newest row, one for each column of weights."
+    return g("Sqrt", g("Add", g("MatMul", tamed, g.const(weights)), g.const(1e-10)))
+
+
 def _tables(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "What hour [24] and weekday [7] add to log(sigma / s); the constant is in the first."
-    day, week = 2 * np.pi * np.arange(24) / 24, 2 * np.pi * np.arange(7) / 7
-    waves = np.stack([np.sin(day), np.cos(day), np.sin(2 * day), np.cos(2 * day), np.ones(24)], axis=1)
-    days = np.stack([np.arange(7) >= 5, np.sin(week), np.cos(week)], axis=1)
+    waves = np.stack([*calendar_columns(np.arange(24), np.zeros(24))[:4], np.ones(24)], axis=1)
+    days = np.stack(calendar_columns(np.zeros(7), np.arange(7))[4:], axis=1)
     return waves @ weights[[10, 11, 12, 13, 17]], days @ weights[14:17]
 
 # %% ../../nbs/03_models/11_har_graph.ipynb #517a2350
@@ -146,11 +158,7 @@ def fallback_graph(har: HarT, frame: pd.DataFrame) -> bytes:
     weights, shape = har.parameters(frame)
     g = Nodes()
     r, adjacent, variance, log_range = _variance_nodes(g, har.interval)
-    before = _series(
-        g, variance, WINDOW - 1, 240, TAMED - 1, TAMED - 2, WINDOW - 3
-    )  # at the rows before rows 120 to 839
-    limit = g("Add", g("Mul", before, g.const(100.0)), g.const(1e-10))
-    tamed = g("Min", g.cut(variance, TAMED - 1, WINDOW - 1), limit)
+    tamed = _tamed_nodes(g, variance)
     hours, hour, weekday = _clock_nodes(g, har.interval)
     x, scale = _input_nodes(g, r, tamed, log_range, _hour_nodes(g, r, adjacent, tamed, hours))
     tables = [
@@ -161,13 +169,8 @@ def fallback_graph(har: HarT, frame: pd.DataFrame) -> bytes:
     sigma = g("Mul", scale, g("Exp", g("Add", g("MatMul", x, g.const(weights[:10, None])), calendar)))
     fan = g("Mul", g("Unsqueeze", "width", one), g.const(shape - shape[MEDIAN]))
     move = g("Mul", sigma, g("Add", fan, g.const(shape[MEDIAN])))
-    close = g(
-        "Gather",
-        g.cut(g("Gather", "candles", g.const(3, np.int64), axis=2), WINDOW - 1, WINDOW),
-        g.const([0], np.int64),
-        axis=1,
-    )
-    g("Mul", close, g("Exp", move), output="quantiles")
+    close = g.cut(_candle_column(g, "close"), WINDOW - 1, WINDOW)
+    g("Mul", g("Gather", close, g.const([0], np.int64), axis=1), g("Exp", move), output="quantiles")
     g("Squeeze", scale, one, output="scale")
     data = _as_model(g, har.interval).SerializeToString(deterministic=True)
     check_graph(data)
@@ -175,6 +178,7 @@ def fallback_graph(har: HarT, frame: pd.DataFrame) -> bytes:
 
 
 def _as_model(g: Nodes, interval: Interval) -> onnx.ModelProto:
+    "The nodes as a model with the inputs and outputs of all our graphs."
     double, info = TensorProto.DOUBLE, helper.make_tensor_value_info
     inputs = [
         info("candles", double, ["batch", WINDOW, 9]),

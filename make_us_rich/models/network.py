@@ -49,6 +49,7 @@ class LSTMRegressor(nn.Module):
                 nn.init.zeros_(weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        "An answer at every step, from the steps up to it."
         drops = self.training and self.edge > 0
         memory, _ = self.lstm(x * dropout_mask(x, self.edge) if drops else x)  # [B, T, hidden]
         answer = self.out(memory * dropout_mask(memory, self.edge) if drops else memory)  # [B, T, n_outputs]
@@ -84,12 +85,12 @@ class QuantileHead(nn.Module):
         return torch.cat([-down, torch.zeros_like(up[:1]), up])
 
     def forward(self, raw: Tensor) -> Tensor:
-        location, opening, tails = raw[..., :1], raw[..., 1:2], raw[..., 2:].clamp(-2, 2)
+        "The fan that the four numbers draw from the shape."
+        location, opening = raw[..., :1], raw[..., 1:2]
+        tails = raw[..., 2:].clamp(-2, 2)
         shape = self.shape()
         bend = 0.5 * shape.abs() / (1 + shape.abs())
-        sides = torch.stack(
-            [bend * (shape < 0), bend * (shape > 0)]
-        )  # [2, 21]: the lower tail bends the left side only
+        sides = torch.stack([bend * (shape < 0), bend * (shape > 0)])  # [2, 21]: each tail bends its own side
         fan = shape * torch.exp(tails @ sides)  # [..., 21]
         return torch.exp(opening.clamp(-3, 3)) * (fan + (0.1 * self.offset + self.location_step * location))
 
@@ -106,7 +107,7 @@ def pinball_loss(y: Tensor, quantiles: Tensor, mask: Tensor | None = None, level
 
 # %% ../../nbs/03_models/05_network.ipynb #38001486
 class CandleForecaster(nn.Module):
-    "Candles `[B, window, 9]` float64, open times `[B, window]`, width `[B]` -> (price quantiles `[B, 21]`, scale `[B]`), float64."
+    "Candles `[B, window, 9]`, open times `[B, window]`, width `[B]` -> (price quantiles `[B, 21]`, scale `[B]`)."
 
     shrink: Tensor
 
@@ -126,6 +127,7 @@ class CandleForecaster(nn.Module):
         return torch.stack([member(x) for member in self.members]).mean(0)
 
     def forward(self, candles: Tensor, open_time: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        "Price quantiles of the next close, and the scale; both float64."
         x, scale = self.features(candles, open_time)  # [B, steps, p], [B, steps]
         q = self.scaled(x)[:, -1].double()  # [B, 21]
         middle = q[:, MEDIAN : MEDIAN + 1]
@@ -154,7 +156,8 @@ class OriginalForecaster(nn.Module):
     ):
         super().__init__()
         self.features, self.network = OriginalFeatures(), network
-        self.levels, self.steps, self.window = tuple(levels), steps, steps
+        self.levels = tuple(levels)
+        self.steps = self.window = steps
         self.register_buffer("low", minimum.double())
         self.register_buffer("size", (maximum - minimum).double().clamp_min(1e-12))
         self.register_buffer("misses", torch.zeros(len(levels), dtype=torch.float64))
@@ -169,6 +172,7 @@ class OriginalForecaster(nn.Module):
         return (scaled + 1) / 2 * self.size[self.CLOSE] + self.low[self.CLOSE]
 
     def forward(self, candles: Tensor, open_time: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        "The point in the spread of its misses, and half of their middle 70 %."
         point = self.point(self.scale_features(candles, open_time))  # [B]
         spread = (self.misses[17:18] - self.misses[3:4]) / 2  # half the middle 70 %
         quantiles = point[:, None].clamp_min(1e-12) * torch.exp(width[:, None] * self.misses)
@@ -178,7 +182,7 @@ class OriginalForecaster(nn.Module):
 def forecast_returns(
     forecaster: Any, frame: pd.DataFrame, rows: np.ndarray, *, width: float | np.ndarray = 1.0, batch: int = 512
 ) -> np.ndarray:
-    "Q [n, 21] log returns of a torch forecaster over the windows that end at `rows`; `width` is one number or one per row."
+    "Q [n, 21] log returns of a torch forecaster over the windows ending at `rows`; `width`: one number or one per row."
     rows = np.asarray(rows, dtype=int)
     if len(rows) and rows.min() < forecaster.window - 1:
         found = f"a window of {forecaster.window} candles does not fit before row {rows.min()}"

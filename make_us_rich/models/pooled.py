@@ -86,7 +86,7 @@ Block = tuple[pd.Timestamp, pd.Timestamp]
 
 
 def member_blocks(first: pd.Timestamp, cutoff: pd.Timestamp, recipe: Recipe) -> list[Block]:
-    "For each member the block of time that it holds out: equal shares of the last `val_size` between the first candle and the cut-off."
+    "The block of time that each member holds out: equal shares of the last `val_size` before the cut-off."
     edges = [cutoff - (cutoff - first) * recipe.val_size * (1 - i / recipe.members) for i in range(recipe.members + 1)]
     return list(pairwise(edges))
 
@@ -121,6 +121,7 @@ class PooledDataModule(CandleDataModule):
         self.parts = [CandleDataModule(data, alone) for data in pool]
 
     def train_dataloader(self) -> ChunkBatches:
+        "Chunks of all pairs behind each other, drawn as one."
         loaders, recipe = [part.train_dataloader() for part in self.parts], self.recipe
         rows = tuple(torch.cat(columns) for columns in zip(*(loader.rows for loader in loaders), strict=True))
         begins = np.cumsum([0, *(len(loader.rows[0]) for loader in loaders[:-1])])
@@ -130,9 +131,11 @@ class PooledDataModule(CandleDataModule):
         )
 
     def val_dataloader(self) -> Chain:  # type: ignore[override]
+        "The held-out block of each pair in turn."
         return Chain([part.val_dataloader() for part in self.parts])
 
     def test_dataloader(self) -> Chain:  # type: ignore[override]
+        "The test part of each pair in turn."
         return Chain([part.test_dataloader() for part in self.parts])
 
 # %% ../../nbs/03_models/09_pooled.ipynb #b82bc9a4
@@ -183,13 +186,9 @@ def pretrain(
     run_name: str | None = None,
     track: bool = True,
 ) -> PretrainResult:
-    "Train one network on many pairs (checked histories by name); pairs too short to learn from are left out. `track`: also in Weights & Biases."
-    clock, cpu, threads, step = (
-        time.perf_counter(),
-        time.process_time(),
-        torch.get_num_threads(),
-        Interval.parse(interval),
-    )
+    "Train one network on many checked histories; short pairs are left out. `track`: also in Weights & Biases."
+    clock, cpu = time.perf_counter(), time.process_time()
+    threads, step = torch.get_num_threads(), Interval.parse(interval)
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
     rows: list[dict[str, float]] = []
     loggers = make_loggers(logger_dir, run_name or recipe.name, track)
@@ -249,7 +248,8 @@ def _tune(network: nn.Module, module: CandleDataModule) -> tuple[nn.Module, floa
     recipe = module.recipe
     torch.manual_seed(recipe.seed + module.member)
     network = copy.deepcopy(network).requires_grad_(True).train()
-    served, wheels, losses = copy.deepcopy(network), make_optimizer(recipe, network), list[float]()
+    served, losses = copy.deepcopy(network), list[float]()
+    wheels = make_optimizer(recipe, network)
     optimizer, cycle = wheels["optimizer"], wheels["lr_scheduler"]["scheduler"]
     for step, batch in enumerate(module.train_dataloader(), 1):
         loss, _ = batch_loss(recipe, network, batch)
@@ -299,7 +299,8 @@ def finetune(
             run_name=run_name,
             track=track,
         )
-    clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
+    clock, cpu = time.perf_counter(), time.process_time()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         data = prepare(frame, recipe, interval)
@@ -319,14 +320,16 @@ def finetune(
 
 
 def _refuse_late(pooled: Pooled, start: pd.Timestamp, interval: Interval) -> None:
+    "TrainingError if the network is for other candles, or has seen the test span."
     if pooled.interval != interval:
         raise TrainingError(
             f"the pooled network is for {pooled.interval} candles, not {interval}; pretrain one for {interval}",
             reason="pooled_interval",
         )
     if pooled.cutoff > start:
-        seen = f"the pooled network learned from candles up to {pooled.cutoff:%Y-%m-%d %H:%M}, the test span begins {start:%Y-%m-%d %H:%M}"
-        raise TrainingError(f"{seen}; take an earlier pooled network or train from scratch", reason="pooled_too_new")
+        seen = f"the pooled network learned from candles up to {pooled.cutoff:%Y-%m-%d %H:%M}"
+        late = f"{seen}, the test span begins {start:%Y-%m-%d %H:%M}"
+        raise TrainingError(f"{late}; take an earlier pooled network or train from scratch", reason="pooled_too_new")
 
 
 def _account(

@@ -42,7 +42,7 @@ def start_wandb(mode: str, folder: Path, name: str, config: dict[str, Any] | Non
 
 
 def make_loggers(folder: Path | None, name: str = "train", track: bool = True) -> list[Logger]:
-    "A CSV logger in `folder`, and Weights & Biases if it starts within five seconds (unless `track` is off); none without a folder."
+    "A CSV logger in `folder`, and W&B if it starts in five seconds and `track` is on; none without a folder."
     if folder is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def track_run(
     summary: dict[str, Any],
     files: dict[str, bytes],
 ) -> str:
-    "Record a finished run in Weights & Biases, `files` as an artefact of type model; the mode that worked, empty if none did."
+    "Record a finished run in Weights & Biases, `files` as an artefact; the mode that worked, empty if none did."
     for mode in wandb_modes():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,7 @@ def track_run(
 
 
 def _artefact(name: str, files: dict[str, bytes], folder: Path) -> Any:
+    "The files as one artefact of type model."
     import wandb
 
     before = os.environ.get("WANDB_DATA_DIR")

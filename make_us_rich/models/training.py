@@ -53,7 +53,8 @@ def batch_loss(recipe: Recipe, network: nn.Module, batch: Batch) -> tuple[Tensor
     x, y, mask = batch
     if recipe.kind == "original":
         return nn.functional.mse_loss(network(x)[:, -1, 0], y[:, -1]), len(x)
-    burn, (lstm, head) = recipe.burn_in, network.children()
+    burn = recipe.burn_in
+    lstm, head = network.children()
     quantiles = head(lstm(x)[:, burn:])  # [B, L - burn, 21]; the warm-up needs no quantiles
     return pinball_loss(y[:, burn:], quantiles, mask[:, burn:]), int(mask[:, burn:].sum())
 
@@ -62,14 +63,10 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Any:
     "The optimiser of a recipe, with its schedule, as Lightning wants it."
     if recipe.kind == "original":
         return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    matrices, vectors = (
-        [p for p in network.parameters() if p.ndim > 1],
-        [p for p in network.parameters() if p.ndim <= 1],
-    )
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, fused=True
-    )  # one pass over all weights instead of twelve
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # one pass over all weights
     steps = recipe.epochs * recipe.steps_per_epoch + 1
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
@@ -94,9 +91,11 @@ class PricePredictor(pl.LightningModule):
         self.save_hyperparameters(recipe.model_dump() | {"n_features": n_features, "member": member})
 
     def forward(self, x: Tensor) -> Tensor:
+        "What the weights that count answer."
         return self.served(x)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        "The loss of a batch; TrainingError if it is not finite."
         loss, count = batch_loss(self.recipe, self.network, batch)
         if not torch.isfinite(loss):
             advice = f"lower the learning rate ({self.recipe.learning_rate:g}) or look at the candles"
@@ -105,18 +104,22 @@ class PricePredictor(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        "Move the running mean of the weights."
         if self.served is not self.network:
             follow(self.served, self.network, self.recipe.ema, self.global_step)
 
     def validation_step(self, batch: Batch, index: int) -> None:
+        "Log the loss on held-out rows."
         loss, count = batch_loss(self.recipe, self.served, batch)
         self.log("valid/loss", loss, batch_size=max(count, 1))
 
     def test_step(self, batch: Batch, index: int) -> None:
+        "Log the loss on the test part."
         loss, count = batch_loss(self.recipe, self.served, batch)
         self.log("test/loss", loss, batch_size=max(count, 1))
 
     def configure_optimizers(self) -> Any:
+        "The recipe's optimiser and schedule."
         return make_optimizer(self.recipe, self.network)
 
 # %% ../../nbs/03_models/08_training.ipynb #2c2b0a4c
@@ -124,14 +127,17 @@ class Curve(Callback):
     "Collects one row for each validation: step, member, train loss (mean since the last row), valid loss."
 
     def __init__(self, member: int, rows: list[dict[str, float]], tell: Callable[[dict[str, float]], None]):
-        self.member, self.rows, self.tell, self.losses = member, rows, tell, list[float]()
+        self.member, self.tell = member, tell
+        self.rows, self.losses = rows, list[float]()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        "Remember the loss of the batch."
         self.losses.append(float(outputs["loss"]))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        "Add a row and tell it."
         row = {
             "step": trainer.global_step,
             "member": self.member,
@@ -212,7 +218,8 @@ def training_bar(recipe: Recipe, shown: bool) -> Iterator[Callable[[dict[str, fl
 # %% ../../nbs/03_models/08_training.ipynb #1a8c31b2
 def held_out_shrink(networks: Sequence[nn.Module], modules: Sequence[CandleDataModule]) -> float:
     "The factor for the median that was best on the rows which each network held out."
-    burn, outcomes, medians = modules[0].recipe.burn_in, list[Tensor](), list[Tensor]()
+    burn = modules[0].recipe.burn_in
+    outcomes, medians = list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for network, module in zip(networks, modules, strict=True):
             for x, y, mask in module.val_dataloader():
@@ -263,8 +270,9 @@ def training_loop(
     run_name: str | None = None,
     track: bool = True,
 ) -> TrainResult:
-    "Train every member of a recipe on a checked history; the best checkpoints, joined in one graph. `track`: also in Weights & Biases."
-    clock, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
+    "Train every member of a recipe on a checked history; the best ones, joined in one graph. `track`: also in W&B."
+    clock, cpu = time.perf_counter(), time.process_time()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
     loggers: list[Logger] = []

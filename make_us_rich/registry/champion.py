@@ -39,8 +39,8 @@ class Pointer(Step):
     pair: str
     interval: str
     seq: int = Field(gt=0)
-    history: list[Step] = []
-    withdrawn: list[str] = []
+    history: list[Step] = Field(default_factory=list)
+    withdrawn: list[str] = Field(default_factory=list)
 
     @property
     def series(self) -> Series:

@@ -17,6 +17,7 @@ from ..core.settings import CandleError, ForecastUnavailable, StoreError, log, u
 from ..market.series import POOLED, Interval, Series
 from ..market.candles import scorable_rows
 from ..market.candle_store import CandleStore
+from ..models.baselines import FAIR_HOURS
 from ..models.har import HarT
 from ..evaluation.scores import Scores, evaluate
 from ..evaluation.calibration import online_width, widen
@@ -34,7 +35,7 @@ def unseen_from(manifest: Manifest, frame: pd.DataFrame) -> pd.Timestamp:
     step = Interval.parse(manifest.interval)
     if not isinstance(share, float) or manifest.pair == str(POOLED):
         return pd.Timestamp(data.last)
-    test = max(round(data.rows * share), 720)
+    test = max(round(data.rows * share), FAIR_HOURS)
     seen = frame.loc[frame["timestamp"].between(data.first, data.last), "timestamp"]
     return pd.Timestamp(seen.iloc[-test - 1] if len(seen) == data.rows > test else data.last - test * step.delta)
 
@@ -45,7 +46,7 @@ def onnx_returns(model: OnnxModel, frame: pd.DataFrame, rows: np.ndarray, batch:
 
 # %% ../../nbs/05_registry/06_rejudge.ipynb #f2497f24
 def champion_returns(
-    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = 720
+    store: ModelReader, frame: pd.DataFrame, rows: np.ndarray, series: str | Series, hours: int = FAIR_HOURS
 ) -> np.ndarray | None:
     "Q [n, 21] of the serving champion at `rows`; None without a sound one that is new to the last `hours` of them."
     try:
@@ -96,7 +97,6 @@ def regate(
     series: str | Series,
     version: str | None = None,
     now: pd.Timestamp | None = None,
-    hours: int = 720,
 ) -> Judgement:
     "Ask the gate about a version (default: the champion) on the newest hours that it and the champion have not seen."
     series = Series.parse(series)
@@ -111,33 +111,33 @@ def regate(
     frame = candles.read(series)
     start = max(unseen_from(m.manifest, frame) for m in (model, other) if m)
     window = max(m.window for m in (model, other) if m)
-    rows = scorable_rows(frame, np.flatnonzero(frame["timestamp"] >= start), step, window=window)[-(hours + WARM_UP) :]
+    rows = scorable_rows(frame, np.flatnonzero(frame["timestamp"] >= start), step, window=window)[
+        -(FAIR_HOURS + WARM_UP) :
+    ]
     if not len(rows):
         rule = f"version {model.manifest.version} of {name} has learned from all candles up to {utc_iso(start)}, and no later hour can be scored yet"
         raise CandleError(f"{rule}; fetch newer ones with `mkrich candles {name}`", "short_history")
     Q, incumbent = onnx_returns(model, frame, rows), onnx_returns(other, frame, rows) if other else None
-    verdict = gate(
-        frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), incumbent=incumbent, now=now
-    )
+    verdict = gate(frame, rows, Q, interval=step, forecast=partial(onnx_returns, model), incumbent=incumbent, now=now)
     return Judgement(
         str(name),
         str(step),
         model.manifest.version,
         other.manifest.version if other else "",
-        frame["timestamp"].iloc[rows[-hours:][0]],
+        frame["timestamp"].iloc[rows[-FAIR_HOURS:][0]],
         frame["timestamp"].iloc[rows[-1]] + 2 * step.delta,
         verdict,
-        _scores(frame, rows, Q, incumbent, step, hours),
+        _scores(frame, rows, Q, incumbent, step),
     )
 
 
 def _scores(
-    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, incumbent: np.ndarray | None, step: Interval, hours: int
+    frame: pd.DataFrame, rows: np.ndarray, Q: np.ndarray, incumbent: np.ndarray | None, step: Interval
 ) -> Scores:
     "The version as served, the champion as served, and HAR-t where its history is long enough, on the judged hours."
     served = {"this version": Q} | ({"champion": incumbent} if incumbent is not None else {})
-    shown = {name: widen(q, online_width(frame, rows, q, step))[-hours:] for name, q in served.items()}
-    rows = rows[-hours:]
+    shown = {name: widen(q, online_width(frame, rows, q, step))[-FAIR_HOURS:] for name, q in served.items()}
+    rows = rows[-FAIR_HOURS:]
     with contextlib.suppress(CandleError):
         shown["HAR-t"] = HarT(step).fit(frame, int(rows[0])).quantiles(frame, rows)
     return evaluate(frame, rows, shown, step)

@@ -192,6 +192,14 @@ class ModelStore(ModelReader):
 
         return self._move(series, back).version
 
+    def forget(self, series: str | Series) -> None:
+        "Put the pointer of a series away, if there is one; its versions stay."
+        key = f"{place(series)}/champion.json"
+        if self.objects.read(key, TEXT_LIMIT) is None:
+            return
+        with self.objects._told("written"):
+            obs.delete(self.objects.store, key)
+
     def put_page(self, series: str | Series, version: str, page: bytes) -> None:
         "Put the page of its run beside a version that is there."
         folder = place(series, version)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'Training', 'run_parameters', 'result_path', 'judge_execution', 'write_outcome', 'execute',
-           'fetch_newest', 'stored_series', 'execute_newest', 'adopt_version']
+           'fetch_newest', 'execute_newest', 'adopt_version']
 
 # %% ../../nbs/08_runs/08_execution.ipynb #1e31def4
 import json
@@ -25,6 +25,7 @@ from ..registry.store import ModelReader, ModelStore
 from .run import Outcome, RunId, check_parameters, find_notebook, identify
 from .runner import Execution, run_notebook
 from .ledger import PAUSE
+from .report import stored_series
 
 # %% ../../nbs/08_runs/08_execution.ipynb #8cd3a6a9
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run_parameters(training: Training, run: RunId) -> dict[str, Any]:
         what |= {"history_days": training.history_days}
     where = {"home": str(settings.home.absolute()), "models_url": settings.store_url}
     where |= {"exchange_url": settings.exchange_url, "result_path": str(result_path(settings, run))}
-    recipe = {"recipe": training.recipe.model_dump_json()}
+    recipe = {"recipe": training.recipe.to_json()}
     return check_parameters(training.notebook, what | where | recipe | options.parameters)
 
 
@@ -173,12 +174,6 @@ def fetch_newest(training: Training) -> pd.Timestamp:
         except CandleError as e:
             training.options.tell(f"{each.name} is not up to date for the pooled run: {e}")
     return interval.floor(client.now())
-
-
-def stored_series(candles_dir: Path, like: Series) -> list[Series]:
-    "The series of this interval whose candles are stored."
-    paths = candles_dir.glob(f"*/{like.interval}.parquet")
-    return sorted(Series.parse(path.parent.name, like.interval) for path in paths)
 
 # %% ../../nbs/08_runs/08_execution.ipynb #f66b06ff
 def execute_newest(training: Training) -> Outcome:

@@ -36,7 +36,7 @@ DONE = ("published", "refused")
 def open_run_row(
     engine: Engine, run: RunId, runs: Path, now: pd.Timestamp, longest: float, again: Sequence[str] = ()
 ) -> int | None:
-    "Number of the attempt that begins now; None if there is nothing to do. `again`: done states that are tried once more."
+    "Number of the attempt that begins now; None if nothing is to do. `again`: done states to try once more."
     who = {"run_id": run.text, "cutoff": run.cutoff, "recipe": run.recipe, "recipe_hash": run.recipe_hash}
     who |= {"pair": str(run.series.pair), "interval": str(run.series.interval)}
     fresh = _fresh_columns(runs.absolute() / run.folder, now) | {"attempts": RunRow.attempts + 1}

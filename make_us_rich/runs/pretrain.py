@@ -21,7 +21,7 @@ import torch
 from ..core.settings import CandleError, StoreError, utc_iso
 from ..market.series import POOLED, Interval, Series
 from ..market.candles import SAMPLE_PAIRS, CandleReport, clean_candles, next_returns, scorable_rows
-from ..market.candle_store import CandleStore
+from ..market.candle_store import CandleStore, Provenance
 from ..models.baselines import Base
 from ..models.recipe import Recipe
 from ..models.features import CandleFeatures
@@ -39,10 +39,12 @@ from make_us_rich.models.pooled import (
 from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict
+from ..evaluation.gate import LIMITS, PARITY_RULE
 from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
-from .report import SAMPLE_URL, Markdown, Run, open_market, read_recipe, run_settings
+from .report import SAMPLE_URL, Markdown, Run, RunPlace, check_candles, open_market
+from .report import read_recipe, stored_series
 from .run import identify
 from .publish import Candidate, Publication, Tracked, publish_run, track_publication, write_result
 
@@ -81,10 +83,10 @@ class PoolRun:
         return self.result_path.parent / "logs"
 
     def _repr_markdown_(self) -> str:
+        "The head of the report: how many pairs, up to when, and which were left out."
         head = f"# {len(self.frames)} pairs, {self.interval}, candles up to {self.newest:%Y-%m-%d %H:%M} UTC"
-        facts = (
-            f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}` · candles from {self.source} · run `{self.run_id}`"
-        )
+        recipe = f"recipe *{self.recipe.name}* `{self.recipe.hash[:12]}`"
+        facts = f"{recipe} · candles from {self.source} · run `{self.run_id}`"
         return "\n\n".join([head, facts, *(f"- {pair} is left out: {why}" for pair, why in self.left_out.items())])
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #3b8c7660
@@ -94,60 +96,57 @@ def open_pool(
     overrides: dict[str, Any] | None = None,
     cutoff: str = "",
     history_days: int = 0,
-    home: str = "",
-    models_url: str = "",
-    exchange_url: str = SAMPLE_URL,
-    run_id: str = "",
-    result_path: str = "",
+    place: RunPlace | None = None,
 ) -> PoolRun:
     "Put a pooled run together from plain values; `history_days` 0 takes all stored candles."
-    step, loaded, settings = (Interval.parse(interval), read_recipe(recipe, overrides), run_settings(home, models_url))
-    store, left_out = CandleStore(settings.candles_dir), dict[str, str]()
-    stored = sorted(path.parent.name for path in settings.candles_dir.glob(f"*/{step}.parquet"))
-    names = stored or (list(SAMPLE_PAIRS) if exchange_url == SAMPLE_URL else [])
-    frames, reports, hashes, sources = (
-        dict[str, pd.DataFrame](),
-        dict[str, CandleReport](),
-        dict[str, str](),
-        set[str](),
-    )
-    for name in names:
+    place, loaded = place or RunPlace(), read_recipe(recipe, overrides)
+    pool, settings = Series.parse(POOLED, interval), place.open_settings()
+    store = CandleStore(settings.candles_dir)
+    stored, is_sample = stored_series(settings.candles_dir, pool), place.exchange_url == SAMPLE_URL
+    named = stored or ([Series.parse(pair, interval) for pair in SAMPLE_PAIRS] if is_sample else [])
+    found, left_out = dict[str, _Stored](), dict[str, str]()
+    for series in named:
         try:
-            if not cutoff and (exchange_url != SAMPLE_URL or not stored):
-                _update(store, name, step, exchange_url)
-            frame = store.read(
-                Series.parse(name, step),
-                rows=history_days * 24 * 3_600_000 // step.ms or None,
-                end=pd.Timestamp(cutoff) - step.delta if cutoff else None,
-            )
-            book = store.info(Series.parse(name, step))
-            if book.report.bad_share > 0.001:
-                raise CandleError(
-                    f"{book.report.bad_share:.2%} of its candles break a rule, 0.10% is allowed", "bad_candles"
-                )
+            if not cutoff and not (is_sample and stored):
+                _update(store, series, place.exchange_url)
+            found[str(series.pair)] = _read(store, series, cutoff, history_days)
         except CandleError as error:
-            left_out[name] = str(error)
-            continue
-        frames[name], reports[name], hashes[name] = frame, clean_candles(frame, step)[1], book.content_hash
-        sources.add(book.source)
-    if not frames:
-        raise CandleError(
-            f"there are no candles to pool in {settings.candles_dir}; fetch some first with `mkrich candles BTC_USDT`",
-            "no_candles",
-        )
-    newest = max(frame["timestamp"].iloc[-1] for frame in frames.values()) + step.delta
-    identity = run_id or str(identify(Series(POOLED, step), newest, loaded))
-    path = Path(result_path) if result_path else settings.home / "result.json"
-    source = ", ".join(sorted(sources))
+            left_out[str(series.pair)] = str(error)
+    if not found:
+        remedy = "fetch some first with `mkrich candles BTC_USDT`"
+        raise CandleError(f"there are no candles to pool in {settings.candles_dir}; {remedy}", "no_candles")
+    newest = max(frame["timestamp"].iloc[-1] for frame, _ in found.values()) + pool.interval.delta
     return PoolRun(
-        step, loaded, frames, reports, hashes, left_out, source, ModelStore(settings.store_url), identity, path
+        pool.interval,
+        loaded,
+        {name: frame for name, (frame, _) in found.items()},
+        {name: clean_candles(frame, pool.interval)[1] for name, (frame, _) in found.items()},
+        {name: book.content_hash for name, (_, book) in found.items()},
+        left_out,
+        ", ".join(sorted({book.source for _, book in found.values()})),
+        ModelStore(settings.store_url),
+        place.run_id or str(identify(pool, newest, loaded)),
+        Path(place.result_path or settings.home / "result.json"),
     )
 
 
-def _update(store: CandleStore, name: str, step: Interval, exchange_url: str) -> None:
-    "Fetch what is new of a pair; one that is no longer traded keeps what it has."
+_Stored = tuple[pd.DataFrame, Provenance]
+
+
+def _read(store: CandleStore, series: Series, cutoff: str, history_days: int) -> _Stored:
+    "The candles of one series up to the cut-off, and where they come from; `CandleError` if they are not sound."
+    step = series.interval
+    rows = int(pd.Timedelta(days=history_days) / step.delta) or None
+    frame = store.read(series, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
+    book = store.info(series)
+    check_candles(series, book)
+    return frame, book
+
+
+def _update(store: CandleStore, series: Series, exchange_url: str) -> None:
+    "Fetch what is new of a series; one that is no longer traded keeps what it has."
     try:
-        store.update(open_market(exchange_url, name), Series.parse(name, step))
+        store.update(open_market(exchange_url, series.pair), series)
     except CandleError as error:
         if error.reason != "inactive":
             raise
@@ -170,12 +169,15 @@ def pool_table(run: PoolRun) -> Markdown:
 # %% ../../nbs/08_runs/07_pretrain.ipynb #f7c2ea0d
 @dataclass(frozen=True)
 class PoolScores:
-    "`table`: one row for all pairs, then one for each; `hours`: CRPS minus the base's of every scored hour, in units of the base's mean."
+    """`table`: one row for all pairs, then one for each.
+
+    `hours`: CRPS minus the base's of every scored hour, in units of the base's mean."""
 
     table: pd.DataFrame
     hours: pd.DataFrame
 
     def _repr_markdown_(self) -> str:
+        "One line for all pairs, then one for each."
         lines = [
             "| pair | hours | CRPS / base | t | MAE / close | direction right | 50 % | 80 % | 95 % |",
             "|" + "---|" * 9,
@@ -250,15 +252,22 @@ def plot_pool(scores: PoolScores) -> "Figure":
 # %% ../../nbs/08_runs/07_pretrain.ipynb #319d9611
 def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     "May this pooled network be published?"
-    whole, each, n = scores.table.iloc[0], scores.table.iloc[1:], len(scores.hours)
+    whole, each = scores.table.iloc[0], scores.table.iloc[1:]
+    n = len(scores.hours)
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
     checks = [
-        _check("enough_hours", n >= 720, n, "at least 720 scored hours", f"{n} hours of {len(each)} pairs were scored"),
+        _check(
+            "enough_hours",
+            n >= LIMITS.hours,
+            n,
+            f"at least {LIMITS.hours} scored hours",
+            f"{n} hours of {len(each)} pairs were scored",
+        ),
         _check(
             "beats_base",
-            t < -1.64,
+            t < -LIMITS.t,
             t,
-            "one-sided DM t < -1.64 on CRPS",
+            f"one-sided DM t < -{LIMITS.t} on CRPS",
             f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}",
         ),
         _check(
@@ -269,7 +278,7 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
             f"it is better for {better:.0%} of the pairs",
         ),
     ]
-    for percent, low, high in ((80, 0.75, 0.85), (95, 0.925, 0.975)):
+    for percent, (low, high) in LIMITS.coverage.items():
         share, rule = float(whole[f"cov{percent}"]), f"{low:.1%} to {high:.1%} inside the {percent} % range"
         checks.append(
             _check(
@@ -280,9 +289,8 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
                 f"the {percent} % range held {share:.1%} of the hours",
             )
         )
-    parity_rule = "ONNX and torch differ by at most 1e-5"
     return Verdict(
-        [*checks, _check("onnx_parity", parity <= 1e-5, parity, parity_rule, f"they differ by {parity:.1g}")]
+        [*checks, _check("onnx_parity", parity <= LIMITS.parity, parity, PARITY_RULE, f"they differ by {parity:.1g}")]
     )
 
 
@@ -368,9 +376,8 @@ def open_pooled(bundle: Bundle) -> Pooled:
         quantiles, _ = forecaster(*map(torch.from_numpy, manifest.golden.inputs(manifest.window)))
     off = float(np.abs(quantiles[0].numpy() / np.array(manifest.golden.quantiles) - 1).max())
     if not off <= 1e-6:
-        raise StoreError(
-            f"the weights in version {manifest.version} of {POOLED} give other prices than its graph (off by {off:.1e}); pretrain again"
-        )
+        problem = f"give other prices than its graph (off by {off:.1e})"
+        raise StoreError(f"the weights in version {manifest.version} of {POOLED} {problem}; pretrain again")
     pairs = json.loads(facts.get("pairs", "{}"))
     return Pooled(forecaster, recipe, Interval.parse(manifest.interval), pd.Timestamp(manifest.cutoff), pairs)
 
@@ -393,7 +400,7 @@ def load_pooled(
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #e6e6d1f4
 def train_pair(run: Run, progress: bool = False) -> TrainResult:
-    "Train the run's pair as its recipe says: from scratch, or from the newest pooled network that has not seen the test span."
+    "Train the run as its recipe says: from scratch, or from a pooled network that has not seen the test span."
     facts: dict[str, Any] = {
         "interval": run.interval,
         "logger_dir": run.log_dir,

@@ -65,7 +65,7 @@ def take_turn(turn: ExitStack, training: Training, run: RunId, ledger: RunLedger
 
 # %% ../../nbs/08_runs/10_train.ipynb #12c8a11b
 def open_row(training: Training, run: RunId, ledger: RunLedger, late: str) -> int | None:
-    "Open the row of a run: the number of this attempt, or None if there is nothing to do. `late`: the lock was not had."
+    "Open the row of a run: the number of this attempt, None if nothing is to do. `late`: the lock was not had."
     again, longest = training.options.again, 2 * training.deadline + 60
     if not late:
         close_lost(ledger, training.settings, {run.series})

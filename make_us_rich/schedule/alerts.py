@@ -253,7 +253,7 @@ def send_test(urls: str) -> list[tuple[str, bool]]:
 
 # %% ../../nbs/09_schedule/02_alerts.ipynb #9435965e
 def send_heartbeat(url: str, well: bool = True, timeout: float = 5.0) -> bool:
-    "Call the heartbeat address (nothing happens without one); whether it was heard. Never raises, never shows the address."
+    "Call the heartbeat address, if there is one; whether it was heard. Never raises, never shows the address."
     if not url:
         return False
     with _quiet():

@@ -99,7 +99,7 @@ def missing_runs(plan: Plan, ledger: RunLedger, settings: Settings, now: pd.Time
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #bbb9831f
 def moments(entry: Entry) -> dict[str, Any]:
-    "When an entry is due, as the engine wants it: a cron line in UTC, or every so many seconds with an offset from 1970."
+    "When an entry is due, as the engine wants it: a cron line in UTC, or seconds with an offset from 1970."
     if entry.cron is not None:
         return {"cron": entry.cron}
     late = MINUTES_AFTER_CLOSE if entry.minutes is None else entry.minutes
@@ -156,7 +156,7 @@ def find_prefect(folder: Path | None = None) -> Path:
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #61f8bc42
 def engine_environment(settings: Settings, server: str) -> dict[str, str]:
-    "The environment of Prefect's processes: where the server is, where everything of ours is; no reports to its makers."
+    "The environment of Prefect's processes: where the server and everything of ours is; no reports."
     program = Path(sys.executable).with_name("mkrich")
     (settings.home / "prefect").mkdir(parents=True, exist_ok=True)
     ours = settings.environment() | {

@@ -196,7 +196,7 @@ class WorkerPool:
             thread.start()
 
     def ask(self, key: str) -> bool:
-        "Put an order into the queue; False if it is there or under way already (a running one is done once more afterwards)."
+        "Put an order into the queue; False if it is there already, or under way (then it is done once more)."
         with self._changed:
             if self._stopping:
                 return False

@@ -20,6 +20,7 @@ from ..registry.versions import UNUSABLE
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
 from .ledger import load_record
+from ..evaluation.gate import LIMITS
 from .track_record import ENOUGH, WHOLE, by_hour, ratio_and_t, share_of, share_text
 
 # %% ../../nbs/06_serving/05_breaker.ipynb #3ee86902
@@ -42,7 +43,7 @@ def what_is_bad(rows: pd.DataFrame) -> str:
         return ""
     ratio, t = ratio_and_t(hours["crps"], hours["crps_base"])
     held = share_of(rows[rows["target_open"] >= hours.index[0]]["in80"])
-    if t > 1.64:
+    if t > LIMITS.t:
         return f"over its newest {len(hours)} hours the CRPS was {share_text(ratio - 1)} above the base's, t = {t:.2f}"
     if not 0.70 <= held.share <= 0.90:
         return f"over its newest {len(hours)} hours the 80 % range held {share_text(held.share)}, 70.0 % to 90.0 % is allowed"

@@ -55,15 +55,14 @@ def pick_model(
     problem = ""
     for number, step in enumerate(pointer.steps):
         if serving is not None and serving.manifest.version == step.version:
-            break
-        why, model, bundle = refused.why(step.version, now), None, None
+            return serving, None, problem
+        why = refused.why(step.version, now)
         if not why:
             model, bundle, why = build_model(store, pointer, number)
-        if model is not None:
-            return model, bundle, problem
-        refused.known[step.version] = (
-            refused.known.get(step.version, (now, ""))[0] if refused.why(step.version, now) else now,
-            why,
-        )
+            if model is not None:
+                return model, bundle, problem
+            refused.known[step.version] = now, why
         problem = problem or why
+    if serving is not None and serving.manifest.series == pointer.series:
+        return None, None, problem  # the pointer has left it: withdrawn, so nothing serves
     return serving, None, problem

@@ -6,7 +6,7 @@
 __all__ = ['LONG_AGO', 'Answer', 'PairState', 'Parts', 'next_fetch', 'fetch_candles', 'read_candles_of', 'abstain_instead',
            'compute_forecast', 'answer_hour', 'pooled_versions', 'reliability_of', 'settle_and_judge', 'break_circuit',
            'update_record', 'publish_page', 'look_for_model', 'goes_back', 'swap', 'warm_up', 'keep_last_good',
-           'is_due', 'refresh', 'expire', 'turn']
+           'forget_last_good', 'is_due', 'refresh', 'expire', 'turn']
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #81a19c96
 import hashlib
@@ -26,19 +26,12 @@ from ..market.candles import COLUMNS
 from ..market.candle_store import CandleStore
 from ..market.rate_pause import Market
 from ..registry.versions import Bundle
+from ..registry.versions import as_arguments
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
 from ..registry.served_model import RememberedModel
 from .forecast import Forecast, reliability_text
-from make_us_rich.serving.forecasting import (
-    GAP_ROWS,
-    PATIENCE,
-    WIDTH_ROWS,
-    HeldCandles,
-    HeldModel,
-    forecast_pair,
-    serving_width,
-)
+from .forecasting import GAP_ROWS, PATIENCE, WIDTH_ROWS, abstention, forecast, serving_width
 from .ledger import BASE_ROWS, as_forecast, base_prices
 from .track_record import TrackRecord, record_sentence
 from .verify import Ledger
@@ -70,8 +63,7 @@ class Answer:
 class PairState:
     "What the service knows about one pair; only the holder of `lock` changes the answer."
 
-    pair: Pair
-    interval: Interval
+    series: Series
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     model: RememberedModel | None = None
     pointer: Pointer | None = None
@@ -88,6 +80,16 @@ class PairState:
     force: bool = False  # answer again, although this hour has an answer
     settled: pd.Timestamp | None = None  # the newest settled hour that was told
     problems: dict[str, str] = field(default_factory=dict)  # by place: model, store, exchange, ledger
+
+    @property
+    def pair(self) -> Pair:
+        "Whose prices."
+        return self.series.pair
+
+    @property
+    def interval(self) -> Interval:
+        "The length of its candles."
+        return self.series.interval
 
     @property
     def name(self) -> tuple[str, str]:
@@ -146,7 +148,7 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
         try:
             if now < market.rest_until:
                 raise ExchangeError(market.problem)
-            last = parts.candles.update(market, Series(state.pair, state.interval), rows=state.rows).last
+            last = parts.candles.update(market, state.series, rows=state.rows).last
             newest = None if last is None else last + state.interval.delta
             state.problems.pop("exchange", None)
             market.back = now if market.problem else market.back
@@ -166,8 +168,8 @@ def fetch_candles(parts: Parts, state: PairState) -> bool:
 def read_candles_of(parts: Parts, state: PairState) -> pd.DataFrame:
     "The stored candles that have closed; an empty table if there are none."
     try:
-        frame = parts.candles.read(Series(state.pair, state.interval))
-        state.source = state.source or parts.candles.info(Series(state.pair, state.interval)).source
+        frame = parts.candles.read(state.series)
+        state.source = state.source or parts.candles.info(state.series).source
     except MakeUsRichError as e:
         state.problems.setdefault("exchange", str(e))
         return pd.DataFrame({name: [] for name in COLUMNS}).astype({"timestamp": "datetime64[ms, UTC]"})
@@ -189,34 +191,23 @@ def abstain_instead(forecast: Forecast, reason: str, sentence: str) -> Forecast:
 
 def compute_forecast(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Timestamp) -> Forecast:
     "The forecast of the hour that opens at `hour`, or the reason why there is none."
-    why = (
-        state.problems.get("model")
-        or state.problems.get("store")
-        or f"no model of {state.pair} serves; train one with `mkrich train {state.pair}`"
-    )
-    forecast = forecast_pair(
-        state.pair, str(state.interval), HeldModel(state.model, why), HeldCandles(frame, state.source), None, parts.now
-    )
-    if forecast.status == "ok" and pd.Timestamp(forecast.target_open) != hour:
-        return abstain_instead(
-            forecast,
-            "stale_data",
-            f"the candle of {state.pair} that closed at {hour:%H:%M} UTC has not arrived yet; it is asked for again",
-        )
-    if (
-        forecast.status == "ok"
-        and state.model is not None
-        and pd.Timestamp(state.model.manifest.cutoff).ceil("s") > hour
-    ):
-        seen = f"the model of {state.pair} was trained up to {utc_iso(pd.Timestamp(state.model.manifest.cutoff))} and has seen this hour"
-        return abstain_instead(forecast, "model_newer_than_data", f"{seen}; serve an earlier version, or wait")
-    if (
-        forecast.reason in ("stale_data", "no_candles")
-        and "exchange" in state.problems
-        and state.problems["exchange"] not in forecast.sentence
-    ):
-        return forecast.model_copy(update={"sentence": f"{forecast.sentence} ({state.problems['exchange']})"})
-    return forecast
+    series, model, trouble = state.series, state.model, state.problems.get("exchange", "")
+    if model is None:
+        nothing = f"no model of {series.name} serves; train one with `mkrich train {as_arguments(series)}`"
+        why = state.problems.get("model") or state.problems.get("store") or nothing
+        return abstention(series, "no_model", why)
+    made = forecast(model, frame, series, parts.now, state.source)
+    cutoff = pd.Timestamp(model.manifest.cutoff)
+    if made.status != "ok":
+        is_late = made.reason == "stale_data" and trouble and trouble not in made.sentence
+        return made.model_copy(update={"sentence": f"{made.sentence} ({trouble})"}) if is_late else made
+    if pd.Timestamp(made.target_open) != hour:
+        late = f"the candle of {series.name} that closed at {hour:%H:%M} UTC has not arrived yet"
+        return abstain_instead(made, "stale_data", f"{late}; it is asked for again")
+    if cutoff.ceil("s") > hour:
+        seen = f"the model of {series.name} was trained up to {utc_iso(cutoff)} and has seen this hour"
+        return abstain_instead(made, "model_newer_than_data", f"{seen}; serve an earlier version, or wait")
+    return made
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #7960e90b
 def answer_hour(parts: Parts, state: PairState, frame: pd.DataFrame, hour: pd.Timestamp) -> Forecast:
@@ -256,7 +247,7 @@ def reliability_of(state: PairState) -> str:
     "What the tests said about the model, and what the live record says about the pair."
     if state.model is None:
         return ""
-    tested = reliability_text(str(state.pair), state.model.manifest)
+    tested = reliability_text(state.series, state.model.manifest)
     return tested if state.record is None else tested.replace("live record: none yet", record_sentence(state.record))
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #6f27a841
@@ -322,12 +313,12 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     "Follow the pointer: swap to another version if there is a usable one; trouble is remembered, and the serving version stays."
     store: ModelStore | None = parts.store
     try:
-        found = serving_champion(parts.store, Series(state.pair, state.interval))
+        found = serving_champion(parts.store, state.series)
         state.problems.pop("store", None)
     except StoreError as e:
         state.problems["store"] = str(e)
         store = parts.last_good if state.model is None else None
-        found = serving_champion(store, Series(state.pair, state.interval)) if store else None
+        found = serving_champion(store, state.series) if store else None
         found = (
             (found[0], found[1].model_copy(update={"seq": 1})) if found else None
         )  # the copy counts for itself; any pointer of the store is newer
@@ -342,6 +333,10 @@ def look_for_model(parts: Parts, state: PairState) -> None:
     if problem and state.problems.get("model") != problem:
         log.warning("%s", problem)
     state.problems = {k: v for k, v in state.problems.items() if k != "model"} | ({"model": problem} if problem else {})
+    if model is None and state.model is not None:
+        log.warning("%s of %s was withdrawn and serves no longer", state.model.manifest.version, state.pair)
+        state.model, state.force = None, True
+        forget_last_good(parts, pointer.series)
     if model is not None and model is not state.model:
         warm_up(parts, state, model)
         swap(parts, state, model, pointer)
@@ -382,12 +377,23 @@ def keep_last_good(parts: Parts, store: ModelStore, bundle: Bundle | None) -> No
     "Copy a version that serves to this machine, if its store is elsewhere."
     if parts.last_good is None or bundle is None or store is parts.last_good:
         return
+    forget_last_good(parts, bundle.manifest.series)
     try:
         parts.last_good.publish(bundle.manifest, bundle.model)
         parts.last_good.rollback(bundle.manifest.series, to=bundle.version, reason="last good")
         parts.last_good.clean(keep=3)
     except MakeUsRichError as e:
         log.warning("the local copy of %s could not be kept: %s", bundle.version, e)
+
+
+def forget_last_good(parts: Parts, series: Series) -> None:
+    "Let nothing on this machine go on saying that a version of before serves."
+    if parts.last_good is None:
+        return
+    try:
+        parts.last_good.forget(series)
+    except MakeUsRichError as e:
+        log.warning("the local copy of %s could not be put away: %s", series, e)
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #09419edd
 def is_due(parts: Parts, state: PairState, now: pd.Timestamp) -> bool:

@@ -24,7 +24,7 @@ from ..registry.versions import UNUSABLE
 from ..registry.store import ModelStore
 from ..registry.served_model import OnnxModel, RememberedModel
 from .forecast import Forecast
-from .forecasting import HeldCandles, HeldModel, forecast_pair
+from .forecasting import forecast
 from make_us_rich.serving.ledger import (
     SCORES,
     base_prices,
@@ -50,7 +50,7 @@ def difference(row: ForecastRow, model: OnnxModel, frame: pd.DataFrame) -> str:
     "What the record of one forecast has otherwise than the model and the closed candles say; empty if nothing."
     step = Interval.parse(row.interval)
     known = frame[frame["timestamp"] + step.delta <= row.as_of].reset_index(drop=True)
-    again = forecast_pair(row.pair, row.interval, HeldModel(model), HeldCandles(known, row.source), None, row.as_of)
+    again = forecast(model, known, Series.parse(row.pair, row.interval), row.as_of, row.source)
     if again.status != "ok":
         return f"a forecast is on record where there is none: {again.sentence}"
     pairs: dict[str, tuple[Any, Any]] = {

@@ -17,7 +17,7 @@ from sqlalchemy import text
 from tiny_model import publish, sample
 from waiting import LONG, wait_for
 
-from make_us_rich import api
+from make_us_rich.api import limits
 from make_us_rich.api.accounts import create_token, get_user, list_users
 from make_us_rich.api.app import create_app
 from make_us_rich.api.client import Client
@@ -28,6 +28,7 @@ from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import SettingsError, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving.events import Event
 from make_us_rich.serving.forecast import Forecast
@@ -119,6 +120,8 @@ def test_our_faults_are_not_charged(world, monkeypatch):  # F70
         def get(self, *_):
             raise RuntimeError("no such file: /srv/secret/model.onnx, password=hunter2")
 
+        __contains__ = values = get
+
     monkeypatch.setattr(world.service, "states", Broken())
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, world.used()) == (500, 0)
@@ -130,7 +133,7 @@ def test_our_faults_are_not_charged(world, monkeypatch):  # F70
 
 
 def test_not_yet_is_a_documented_503_and_free(world):
-    world.service.states["BTC_USDT", "1h"].answer = None
+    world.service.states[Series.parse("BTC_USDT")].answer = None
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"], world.used()) == (
         503,
@@ -371,7 +374,7 @@ def test_a_stream_lasts_an_hour():
 
 @pytest.mark.parametrize("client", ["leaves", "takes nothing"])
 def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
-    monkeypatch.setattr(api, "PATIENCE", 0.05)
+    monkeypatch.setattr(limits, "PATIENCE", 0.05)
     headers = [(b"authorization", f"Bearer {world.tokens['member']}".encode())]
     scope = {
         "type": "http",

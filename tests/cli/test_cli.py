@@ -223,7 +223,7 @@ def test_misspelt_setting_and_broken_store(exchange, tmp_path):  # F92, F48
 
 
 def test_unexpected_error_and_debug(tmp_path):
-    code = "from make_us_rich import cli; doctor.examine = lambda settings: 1 / 0; output.main(['doctor'{}])"
+    code = "from make_us_rich.cli import doctor, main; doctor.examine = lambda settings: 1 / 0; main.main(['doctor'{}])"
     for extra, traceback in (("", False), (", '--debug'", True)):
         done = subprocess.run([sys.executable, "-c", code.format(extra)], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and ("Traceback" in done.stderr) is traceback
@@ -231,7 +231,7 @@ def test_unexpected_error_and_debug(tmp_path):
 
 
 def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
-    from make_us_rich.runs import train as run_ledger
+    from make_us_rich.cli import main
 
     refused = Outcome(
         state="refused",
@@ -243,7 +243,7 @@ def test_refused_by_the_gate_is_exit_code_4(monkeypatch, capsys, tmp_path):
         cutoff="",
         recipe="default",
     )
-    monkeypatch.setattr(run_ledger, "train", lambda *a, **k: refused)
+    monkeypatch.setattr("make_us_rich.runs.train.train", lambda *a, **k: refused)
     monkeypatch.setenv("MUR_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         main.main(["train", "BTC_USDT"])

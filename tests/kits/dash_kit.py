@@ -27,7 +27,7 @@ from make_us_rich.dashboard.server import PageOptions, Running, start_dashboard
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.market.series import Interval, Pair
+from make_us_rich.market.series import Interval, Pair, Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.serving.forecast import Forecast
 from make_us_rich.serving.ledger import ledger_row
@@ -121,7 +121,7 @@ class Stage:
         return f"http://127.0.0.1:{self.settings.port}"
 
     def state(self, pair: str = "BTC_USDT") -> PairState:
-        return self.service.states[pair, "1h"]
+        return self.service.states[Series.parse(pair)]
 
     def forecast(self, pair: str = "BTC_USDT") -> Forecast:
         return self.state(pair).answer.forecast
@@ -220,11 +220,11 @@ def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.
         s.add_all([ForecastRow(**line) for line in lines])
     service.ledger.settle(pair, "1h", frame)
     base, quote = pair.split("_")
-    state = PairState(Pair(base, quote), Interval("1h"), answer=Answer.of(answers[-1], now))
+    state = PairState(Series(Pair(base, quote), Interval("1h")), answer=Answer.of(answers[-1], now))
     state.model = SimpleNamespace(manifest=SimpleNamespace(version=VERSION, cutoff=now))
     state.record = service.ledger.track_record(pair)
     state.record_body = orjson.dumps(state.record.to_dict())
-    service.states[pair, "1h"] = state
+    service.states[Series.parse(pair)] = state
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, load_sample
+from make_us_rich.market.series import Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
 from make_us_rich.registry.served_model import open_session
@@ -45,9 +46,11 @@ def _golden(pair: str) -> tuple[int, Golden]:
 
 
 def publish(
-    store: ModelStore, pair: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
+    store: ModelStore, name: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
 ) -> str:
     "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
+    series = Series.parse(name)
+    pair = str(series.pair)
     window, golden = _golden(pair)
     if broken:
         golden = golden.model_copy(update={"quantiles": [q * 1.01 for q in golden.quantiles]})
@@ -58,7 +61,7 @@ def publish(
     )
     manifest = Manifest(
         pair=pair,
-        interval="1h",
+        interval=str(series.interval),
         window=window,
         columns=VALUE_COLUMNS,
         levels=list(LEVELS),
@@ -76,7 +79,7 @@ def publish(
     )
     version = store.publish(manifest, _marked(mark))
     if promote:
-        store.promote(pair, version)
+        store.promote(series, version)
     return version
 
 

@@ -11,7 +11,7 @@ from make_us_rich.market.series import Interval
 from make_us_rich.models.export import convert_model, validate_model
 from make_us_rich.runs.pretrain import train_pair
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse, where_next
-from make_us_rich.runs.report import judge, open_run, walk_test_span
+from make_us_rich.runs.report import RunPlace, judge, open_run, walk_test_span
 from make_us_rich.serving.forecasting import forecast_pair
 
 SMALL = {"members": 1, "epochs": 1}
@@ -34,9 +34,8 @@ def resampled(interval: str) -> pd.DataFrame:
 def test_the_whole_road(interval, days, tmp_path):
     frame = resampled("4h") if interval == "4h" else fake_candles(4_400, seed=3, interval="15m")
     with ReplayServer({"BTC_USDT": frame}, interval=interval, label="historical sample") as server:
-        run = open_run(
-            "BTC_USDT", interval, history_days=days, home=str(tmp_path), exchange_url=server.url, overrides=SMALL
-        )
+        place = RunPlace(str(tmp_path), exchange_url=server.url)
+        run = open_run(f"BTC_USDT/{interval}", history_days=days, place=place, overrides=SMALL)
         assert len(run.frame) == days * pd.Timedelta("1d") / Interval.parse(interval).delta
         assert ONLY_1H in run._repr_markdown_()
         fallback = publish_fallback(run)
@@ -52,18 +51,20 @@ def test_the_whole_road(interval, days, tmp_path):
         served = publication.version or fallback.version
         assert served, (verdict.reasons, fallback)
         assert f"mkrich forecast BTC_USDT --interval {interval}" in where_next(run, publication).text
-        forecast = forecast_pair("BTC_USDT", interval, run.models, run.candles, run.client)
+        forecast = forecast_pair(f"BTC_USDT/{interval}", run.models, run.candles, run.client)
     assert (forecast.status, forecast.model_version, forecast.interval) == ("ok", served, interval)
     assert pd.Timestamp(forecast.target_close) - pd.Timestamp(forecast.target_open) == Interval.parse(interval).delta
     assert ONLY_1H in forecast.reliability and f"test candles of {interval}" in forecast.reliability
     assert (np.diff(list(forecast.quantiles.values())) >= 0).all()
-    none = forecast_pair("ETH_USDT", interval, run.models, run.candles, None)
+    none = forecast_pair(f"ETH_USDT/{interval}", run.models, run.candles, None)
     assert (none.reason, none.sentence.endswith(f"`mkrich train ETH_USDT --interval {interval}`")) == ("no_model", True)
 
 
 def test_two_years_of_days_are_too_few_and_it_says_so(tmp_path):
     with ReplayServer({"BTC_USDT": resampled("1d")}, interval="1d", label="historical sample") as server:
-        run = open_run("BTC_USDT", "1d", history_days=700, home=str(tmp_path), exchange_url=server.url, overrides=SMALL)
+        run = open_run(
+            "BTC_USDT/1d", history_days=700, place=RunPlace(str(tmp_path), exchange_url=server.url), overrides=SMALL
+        )
         with pytest.raises(
             CandleError, match=r"^700 candles leave \d+ to train on, at least 121 are needed; fetch a longer history$"
         ):

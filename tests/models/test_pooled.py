@@ -16,7 +16,7 @@ import torch
 from make_us_rich.core.settings import StoreError, TrainingError, get_settings
 from make_us_rich.market.candles import VALUE_COLUMNS, fake_candles
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.market.series import POOLED
+from make_us_rich.market.series import POOLED, Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import convert_model, open_session, validate_model
 from make_us_rich.models.pooled import Pooled, finetune, pack_weights, pretrain
@@ -157,7 +157,7 @@ def test_a_pair_without_history_is_served_at_once(frames, pooled):
     assert serving_champion(store, "NEW_USDT") is None
     version = publish(store, pooled, frames["AAA_USDT"])
     key, pointer = serving_champion(store, "NEW_USDT")
-    assert (key, pointer.version) == (POOLED, version)
+    assert (key, pointer.version) == (Series.parse(POOLED), version)
     model, new = OnnxModel(store.load(key)), fake_candles(840, seed=9, price=0.0001)
     quantiles, _ = model.predict(
         new[VALUE_COLUMNS].to_numpy(float)[None], new["timestamp"].astype("int64").to_numpy()[None]
@@ -187,7 +187,9 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
         services = [Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start()]
         service = services[0]
         try:
-            assert list(service.states) == [("NEW_USDT", "1h")]  # found by its candles; the pooled model is no pair
+            assert list(service.states) == [
+                Series.parse("NEW_USDT")
+            ]  # found by its candles; the pooled model is no pair
             first = service.answer("NEW_USDT").forecast
             assert (first.status, first.model_version) == ("ok", version) and "the pooled one" in first.reliability
             assert list(first.quantiles.values()) == pytest.approx(list(told["quantiles"].values()), rel=1e-12)

@@ -287,7 +287,7 @@ def test_nothing_of_a_run_but_the_row_says_that_it_is_under_way(settings):
 
 def test_the_recipe_is_handed_on_frozen(settings):
     "HOUSE row 16: what the notebook gets is the recipe that names the run, number by number."
-    act = "from make_us_rich.models.recipe import Recipe; assert Recipe.model_validate_json(recipe).hash in run_id"
+    act = "from make_us_rich.models.recipe import Recipe; assert Recipe.from_json(recipe).hash in run_id"
     outcome = start(settings, act, overrides={"hidden_size": 16})
     assert outcome.state == "published", outcome.reason
     kept_recipe = ModelStore(settings.store_url).load(BTC, outcome.version).manifest.recipe

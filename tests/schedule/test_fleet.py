@@ -278,6 +278,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
             return rows
 
         def running():
+            "The rows whose notebook has begun."
             return [r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()]
 
         victim = wait_for(running, what="a run in its notebook", progress=accounts)[0]

@@ -223,13 +223,16 @@ def test_a_plan_of_four_hour_candles_only(settings, exchange, ledger):
     assert [entry.state for entry in again.values()] == ["skipped"] * 3
 
 
-def test_a_real_notebook_of_four_hour_candles(settings, exchange, ledger):
-    four = recorded(settings, ledger, exchange, Series.parse("BTC_USDT/4h"))
-    assert (four.state, four.interval) == ("published", "4h"), four.reason
-    hour = recorded(settings, ledger, exchange)
-    store = ModelStore(settings.store_url)
-    assert store.champion("BTC_USDT/4h").version == four.version and store.champion(BTC).version == hour.version
-    assert Path(four.notebook).parent != Path(hour.notebook).parent
+def test_a_real_notebook_of_four_hour_candles(settings, ledger):
+    four = Series.parse("BTC_USDT/4h")
+    frames = {"BTC_USDT": fake_candles(400, 5, interval="4h")}
+    with ReplayServer(frames, interval="4h", label="synthetic candles") as slow:
+        there = settings.model_copy(update={"exchange_url": slow.url, "home": settings.home / "four"})
+        made = recorded(there, ledger, slow, four, history_days=20)
+    assert (made.state, made.interval) == ("published", "4h"), made.reason
+    store = ModelStore(there.store_url)
+    assert store.champion(four).version == made.version and store.champion(BTC) is None
+    assert Path(made.notebook).parent.name.endswith("-4h") and ledger.find(made.run_id).interval == "4h"
 
 
 def test_a_rolled_back_version_does_not_come_back(settings, exchange, ledger):
@@ -299,6 +302,8 @@ def test_killed_schedule_leaves_no_orphan(settings, exchange, ledger, tmp_path):
 from pathlib import Path
 
 from make_us_rich.core.settings import get_settings
+from make_us_rich.schedule.plan import PlanFile
+from make_us_rich.schedule.schedule import Options, Schedule, run_forever
 settings = get_settings(home={str(settings.home)!r}, runs={str(settings.runs)!r}, exchange_url={exchange.url!r})
 run_forever(Schedule(settings, PlanFile(Path({str(tmp_path / "pairs.yaml")!r})), Options(runner="stand_in:run")), wait=1)
 """

@@ -27,7 +27,7 @@ from make_us_rich.registry.served_model import graph_returns, open_session
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
-from make_us_rich.runs.report import open_run, rows_to_test
+from make_us_rich.runs.report import RunPlace, open_run, rows_to_test
 from make_us_rich.runs.train import train
 from make_us_rich.serving.forecasting import forecast_pair
 from make_us_rich.serving.service import Service
@@ -98,7 +98,7 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
     page = (result.parent / "train.ipynb").read_text()
     assert f"The fallback HAR-t `{only.version}` serves." in page and "It is the fallback HAR-t" in page
     forecast = forecast_pair(
-        "BTC_USDT", "1h", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min")
+        "BTC_USDT", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min")
     )
     assert (forecast.status, forecast.model_version) == (
         "ok",
@@ -143,7 +143,7 @@ def test_a_week_old_fallback_is_fitted_anew(first, settings, exchange):
     store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
     exchange.clock.set(CLOSED + pd.Timedelta("8d5s"))
     try:
-        parts = {"home": str(settings.home), "exchange_url": exchange.url}
+        parts = {"place": RunPlace(str(settings.home), exchange_url=exchange.url)}
         run = open_run("BTC_USDT", **parts)
         assert candles.info("BTC_USDT").last == CLOSED + pd.Timedelta("8d") - HOUR
         early = open_run("BTC_USDT", cutoff=utc_iso(CLOSED + pd.Timedelta("6d")), **parts)
@@ -157,7 +157,7 @@ def test_a_week_old_fallback_is_fitted_anew(first, settings, exchange):
 
 
 def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch, tmp_path):
-    run = open_run("BTC_USDT", home=str(tmp_path))
+    run = open_run("BTC_USDT", place=RunPlace(str(tmp_path)))
     part = split(len(run.frame), run.recipe.test_size, run.recipe.val_size, run.recipe.steps).test
     knowing = {}
 
@@ -165,6 +165,7 @@ def test_behind_a_better_pooled_model_it_waits_for_the_first_network(monkeypatch
         y, Q = next_returns(frame, rows), HarT(window=WINDOW).fit(frame, int(rows[0])).quantiles(frame, rows)
         return knowing.setdefault("Q", Q + 0.1 * y[:, None])
 
+    monkeypatch.setattr("make_us_rich.runs.publish.champion_returns", better)
     monkeypatch.setattr("make_us_rich.runs.report.champion_returns", better)
     fallback = publish_fallback(run)
     assert fallback.version == "" and fallback.waiting and "serves this pair better" in fallback.sentence

@@ -26,7 +26,7 @@ HOUR = pd.Timedelta("1h")
 FRAME = fake_candles(1203, seed=4, start="2025-01-01")
 ROWS = np.arange(1000, 1200)
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["make_us_rich.ledger", "psycopg", "pytest"])
+SPAWN.set_forkserver_preload(["make_us_rich.serving.verify", "psycopg", "pytest"])
 GOOD, BAD = "20250101T000000Z-0123456789ab", "20250102T000000Z-0123456789ab"
 
 
@@ -146,10 +146,10 @@ class Shelf:
         self.pointer = Pointer(pair="BTC_USDT", interval="1h", seq=2, history=history, version=BAD, **step)
         self.lost = lost
 
-    def champion(self, pair, interval="1h"):
+    def champion(self, series):
         return self.pointer
 
-    def rollback(self, pair, interval, to, reason):
+    def rollback(self, series, to, reason):
         if to in self.lost:
             raise StoreError("it is damaged", UNUSABLE[0])
         self.pointer = self.pointer.model_copy(update={"version": to, "history": []})

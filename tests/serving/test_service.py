@@ -15,10 +15,11 @@ from tiny_model import PAIRS, publish, sample
 
 from make_us_rich.core.database import connect
 from make_us_rich.core.settings import ExchangeError, StoreError, get_settings, utc_iso
-from make_us_rich.market.candles import SAMPLE_LABEL
+from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles
 from make_us_rich.market.replay import Faults, ReplayServer
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.store import ModelStore
+from make_us_rich.serving import choice
 from make_us_rich.serving import service as module
 from make_us_rich.serving.ledger import load_record
 from make_us_rich.serving.service import Service
@@ -65,7 +66,7 @@ def world(tmp_path):
 @pytest.fixture
 def trusting(monkeypatch):
     "Without the trial run, which costs a second for each version."
-    monkeypatch.setattr(module, "try_model", lambda bundle: None)
+    monkeypatch.setattr(choice, "try_model", lambda bundle: None)
 
 
 def test_48_hours_of_two_pairs(world, trusting):
@@ -255,7 +256,7 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(service.parts.market.client._wire, "call", exchange_gone)
-        for name in ("champion", "pairs"):
+        for name in ("champion", "series"):
             patch.setattr(service.parts.store, name, store_gone)
         world.set(0, seconds=1800)
         service.tick()
@@ -352,7 +353,9 @@ def test_a_bad_live_record_takes_the_champion_back(world, trusting):
     forecast = service.answer("BTC_USDT").forecast
     assert (forecast.status, forecast.model_version, forecast.target_open) == ("ok", old, utc_iso(world.closed + HOUR))
     assert json.loads(service.record_body("BTC_USDT"))["badge"]["colour"] == "red"
-    world.store.promote("BTC_USDT", new)  # somebody insists: it gets another week
+    with pytest.raises(StoreError, match="was withdrawn by a rollback"):
+        world.store.promote("BTC_USDT", new)
+    world.store.rollback("BTC_USDT", to=new)  # somebody insists: it gets another week
     world.set(2)
     service.tick()
     assert service.answer("BTC_USDT").forecast.model_version == new
@@ -365,14 +368,14 @@ def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trus
     world.service()
     assert local.champion("BTC_USDT").version == version
 
-    for name in ("champion", "pairs"):
+    for name in ("champion", "series"):
         monkeypatch.setattr(ModelStore, name, only_for(local, getattr(ModelStore, name)))
     service = world.service()
     assert service.status()["pairs"][0]["model_version"] == version
     assert service.answer("BTC_USDT").forecast.status == "ok"
     assert "nobody answers" in service.status()["degraded"][0]
     monkeypatch.undo()
-    monkeypatch.setattr(module, "try_model", lambda bundle: None)
+    monkeypatch.setattr(choice, "try_model", lambda bundle: None)
     newer = publish(
         world.store, "BTC_USDT", world.closed, mark=1
     )  # the store is back: its pointer counts, not that of the copy
@@ -380,6 +383,90 @@ def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trus
     service.tick()
     assert service.status()["pairs"][0]["model_version"] == newer
     assert service.status()["degraded"] == []
+
+
+def test_a_withdrawn_version_is_not_served_again(world, trusting):
+    "Over a runner that dies between publishing and promoting, two services on one store, and a restart of everything."
+    pair = "BTC_USDT"
+    old = publish(world.store, pair, world.closed - 3 * HOUR)
+    bad = publish(world.store, pair, world.closed - 2 * HOUR, mark=1)
+    died = world.store.load(pair, bad).manifest.run_id
+    world.service()
+    world.service()
+    world.store.rollback(pair)
+    for n in range(3):
+        if n == 2:
+            for service in world.services:
+                service.stop()
+            world.services = []
+            world.service()
+            world.service()
+        store = ModelStore((world.home / "models").as_uri(), world.server.clock.now)
+        assert store.adopt(pair, died) is None  # its runner starts again, and finds what it had published
+        with pytest.raises(
+            StoreError, match=rf"{bad} of {pair} was withdrawn .* mkrich rollback {pair} --to {bad}"
+        ) as e:
+            store.promote(pair, bad)
+        assert e.value.reason == "withdrawn"
+        assert (store.champion(pair).version, store.champion(pair).withdrawn) == (old, [bad])
+        world.set(0, seconds=60 + 60 * n)
+        for service in world.services:
+            service.tick()
+            assert service.status()["pairs"][0]["model_version"] == service.answer(pair).forecast.model_version == old
+    new = publish(world.store, pair, world.closed - HOUR, mark=2, promote=False)  # the next runner dies there
+    assert world.store.adopt(pair, world.store.load(pair, new).manifest.run_id).version == new
+    world.store.rollback(pair, to=bad)  # a person names it
+    assert world.store.champion(pair).withdrawn == []
+    world.set(0, seconds=600)
+    for service in world.services:
+        service.tick()
+        assert service.status()["pairs"][0]["model_version"] == bad
+
+
+def test_nothing_serves_where_only_a_withdrawn_version_is_sound(world, trusting):
+    old = publish(world.store, "BTC_USDT", world.closed - 2 * HOUR)
+    bad = publish(world.store, "BTC_USDT", world.closed - HOUR, mark=1)
+    service = world.service()
+    assert service.answer("BTC_USDT").forecast.model_version == bad
+    world.store.rollback("BTC_USDT")
+    (world.home / "models" / "BTC_USDT" / "1h" / old / "model.onnx").write_bytes(b"damaged")
+    world.set(0, seconds=60)
+    service.tick()
+    forecast = service.answer("BTC_USDT").forecast
+    assert (forecast.status, forecast.reason, service.status()["pairs"][0]["model_version"]) == (
+        "abstain",
+        "no_model",
+        "",
+    )
+    assert old in forecast.sentence
+
+
+@pytest.mark.parametrize("interval", ["4h", "1d"])
+def test_a_home_with_only_longer_candles(tmp_path, trusting, interval):
+    "Ready, forecasts, on record and settled: without one model of the hour."
+    name, step = f"BTC_USDT/{interval}", pd.Timedelta(interval)
+    frame = fake_candles(1_100, seed=5, interval=interval)
+    closed = frame["timestamp"].iloc[1_000]
+    with ReplayServer(
+        {"BTC_USDT": frame}, interval=interval, now=closed + pd.Timedelta("5s"), label=SAMPLE_LABEL
+    ) as server:
+        store = ModelStore((tmp_path / "models").as_uri(), server.clock.now)
+        version = publish(store, name, closed - step)
+        settings = get_settings(home=tmp_path, exchange_url=server.url, poll_seconds=5)
+        service = Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start()
+        try:
+            for n in range(4):
+                server.clock.set(closed + n * step + pd.Timedelta("5s"))
+                service.tick()
+                forecast = service.answer("BTC_USDT", interval).forecast
+                assert (forecast.status, forecast.model_version) == ("ok", version), forecast.sentence
+                assert pd.Timestamp(forecast.target_close) - pd.Timestamp(forecast.target_open) == step
+            status = service.status()
+            assert (status["ready"], status["degraded"]) == (True, [])
+            record = service.ledger.track_record("BTC_USDT", interval=interval)
+            assert (record.n, record.open, record.holes) == (3, 1, [])
+        finally:
+            service.stop()
 
 
 def only_for(local, method):
