@@ -281,7 +281,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
             "The rows whose notebook has begun."
             return [r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()]
 
-        victim = wait_for(running, what="a run in its notebook", progress=accounts)[0]
+        victim = wait_for(running, what="a run in its notebook", seconds=3 * LONG, progress=accounts)[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
         fleet.hosts[host].send_signal(signal.SIGKILL)  # and all that runs there dies with it, at once
@@ -290,7 +290,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         def all_done():
             return len(ledger.rows(state="published")) + len(ledger.rows(state="refused")) == len(PAIRS)
 
-        wait_for(all_done, what="an outcome of every pair", progress=accounts)
+        wait_for(all_done, what="an outcome of every pair", seconds=3 * LONG, progress=accounts)
         rows = {r.pair: r for r in ledger.rows()}
         assert sorted(rows) == sorted(r.pair for r in ledger.rows()) == list(PAIRS)
         other = {"host-a": "host-b", "host-b": "host-a"}[host]
