@@ -43,7 +43,8 @@ PoolOption = Annotated[str, typer.Option(help="Name of the work pool.")]
 
 @app.command(
     "deploy-schedule",
-    epilog="Examples: [bold]mkrich deploy-schedule BTC_USDT ETH_USDT[/] | [bold]mkrich deploy-schedule --file pairs.yaml --limit 8[/]",
+    epilog="Examples: [bold]mkrich deploy-schedule BTC_USDT ETH_USDT[/] | "
+    "[bold]mkrich deploy-schedule --file pairs.yaml --limit 8[/]",
 )
 def deploy_schedule(
     pairs: Annotated[
@@ -105,7 +106,8 @@ def _become(python: Path, words: list[str], environment: dict[str, str]) -> None
 
 @fleet_app.command(
     "server",
-    epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 --database postgresql+asyncpg://prefect:...@db/prefect[/]",
+    epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 "
+    "--database postgresql+asyncpg://prefect:...@db/prefect[/]",
 )
 def fleet_server(
     host: Annotated[

@@ -16,7 +16,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..core.settings import ForecastUnavailable, MakeUsRichError, Settings, SettingsError, get_settings, utc_iso
+from make_us_rich.core.settings import (
+    ForecastUnavailable,
+    MakeUsRichError,
+    Settings,
+    SettingsError,
+    get_settings,
+    utc_iso,
+)
 from make_us_rich.cli.output import (
     IntervalOption,
     OnePair,
@@ -73,7 +80,8 @@ def _card(row: dict[str, str]) -> Table:
 
 # %% ../../nbs/11_cli/03_look.ipynb #05350dad
 @app.command(
-    epilog="Examples: [bold]mkrich forecast BTC_USDT BTC_USDT/4h[/] | [bold]mkrich forecast --json | jq '.[].median'[/] | "
+    epilog="Examples: [bold]mkrich forecast BTC_USDT BTC_USDT/4h[/] | "
+    "[bold]mkrich forecast --json | jq '.[].median'[/] | "
     "[bold]mkrich forecast --api http://127.0.0.1:8750[/]"
 )
 def forecast(
@@ -140,7 +148,9 @@ def _show_forecasts(forecasts: "list[Forecast]", as_json: bool = False) -> None:
             console.print(table, "")
 
 # %% ../../nbs/11_cli/03_look.ipynb #069910a8
-@app.command(epilog="Examples: [bold]mkrich models[/] | [bold]mkrich models BTC_USDT[/] | [bold]mkrich models BTC_USDT/4h[/]")
+@app.command(
+    epilog="Examples: [bold]mkrich models[/] | [bold]mkrich models BTC_USDT[/] | [bold]mkrich models BTC_USDT/4h[/]"
+)
 def models(
     pair: Annotated[
         str | None, typer.Argument(help="A pair with all its intervals, or a series; without: all.", metavar="[PAIR]")
@@ -313,7 +323,8 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
     day = f"real candles, but of {shown.target_open[:10]}"
     new_console().print(f"This is a {SAMPLE_LABEL}: {day}. Nothing here is about today.{came}")
     new_console().print(
-        f"\nWhere to look next:\n  today's market           mkrich train {series.pair} && mkrich forecast {series.pair}\n"
+        "\nWhere to look next:\n"
+        f"  today's market           mkrich train {series.pair} && mkrich forecast {series.pair}\n"
         f"  this machine             mkrich doctor\n  the report of this run   {escape(report_path(outcome))}",
         soft_wrap=True,
     )

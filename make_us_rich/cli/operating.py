@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 )
 def schedule(
     pairs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Pairs, each after its closes with the recipe finetune; or use --file.", metavar="[PAIR...]"),
+        list[str] | None, typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]")
     ] = None,
     file: Annotated[
         Path | None,
@@ -38,7 +37,7 @@ def schedule(
 ) -> None:
     """Retrain every pair in time: two minutes after each close, or as the list says.
 
-    The list:  pairs: [BTC_USDT, {pair: ETH_USDT/4h, minutes: 5}, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
+    The list: pairs: [BTC_USDT, ETH_USDT/4h, {pair: SOL_USDT, recipe: default, cron: "10 */6 * * *"}]
     Hourly retraining is cheap fine-tuning from a network that is trained on all pairs each week.
     It gains little over a weekly one: see the notebook of this page.
     """
@@ -114,7 +113,7 @@ def runs(
     "The run ledger: what ran, what became of it, and why."
     import pandas as pd
 
-    from make_us_rich.runs.ledger import follow_log, read_subject, run_card, runs_table
+    from make_us_rich.runs.ledger import follow_log, run_card, runs_table
 
     ledger = open_run_ledger(get_settings())
     if follow is not None:

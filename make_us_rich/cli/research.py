@@ -274,9 +274,7 @@ def leaktest(
     step, rows = str(series.interval), int(settings.history_days * 86_400_000 / series.interval.ms)
     frame = backtest_candles(str(series.pair), step, **_candles_of(file, sample, settings))
     with _bar(f"{series.name} leaktest") as show:
-        report = run_tests(
-            frame.tail(rows).reset_index(drop=True), loaded, interval=step, quick=quick, progress=show
-        )
+        report = run_tests(frame.tail(rows).reset_index(drop=True), loaded, interval=step, quick=quick, progress=show)
     new_console().print(_verdict_table(report.verdict), "", _frame_table(report.table))
     if not report.verdict.passed:
         raise GateRefused(f"recipe {loaded.name} failed a leak test: {report.verdict.reasons[0]}")

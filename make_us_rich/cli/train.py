@@ -112,9 +112,7 @@ def outcome_lines(outcome: "Outcome") -> str:
 
     name = Series.parse(outcome.pair, outcome.interval).name
     colour = {"published": "green", "skipped": "green", "refused": "yellow"}.get(outcome.state, "red")
-    lines = [
-        f"[bold]{name}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"
-    ]
+    lines = [f"[bold]{name}[/] [{colour}]{outcome.state}[/] {escape(outcome.version)} ({outcome.seconds:.0f} s)"]
     lines += [escape(f"  {outcome.reason}")] if outcome.reason else []
     report = report_path(outcome)
     return "\n".join(lines + ([escape(f"  report: {report}")] if report else []))

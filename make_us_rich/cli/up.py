@@ -293,7 +293,9 @@ def dashboard_part(settings: Settings, port: int, log: Path) -> tuple[ManagedPro
     ), lambda: address[0]
 
 
-def make_parts(options: UpOptions, settings: Settings, plan: str, file: str) -> tuple[list[ManagedProcess], Callable[[], str]]:
+def make_parts(
+    options: UpOptions, settings: Settings, plan: str, file: str
+) -> tuple[list[ManagedProcess], Callable[[], str]]:
     "All parts in the order of their start, and the function that gives the address."
     speed, logs = speed_of(options), settings.home / "logs"
     api, note = f"http://127.0.0.1:{settings.port}", f"what it did: MUR_HOME={settings.home} mkrich runs"
@@ -322,7 +324,7 @@ def run_up(options: UpOptions) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SettingsError(
-            f"another `mkrich up` runs on {settings.home}; use its address, or set MUR_HOME to another folder", "busy"
+            f"another `mkrich up` runs on {settings.home}; use its address, or another MUR_HOME", "busy"
         ) from None
     parts, address = make_parts(options, settings, plan, file)
     care = Supervisor(parts, say)
@@ -354,7 +356,7 @@ def _start_all(care: Supervisor, options: UpOptions, settings: Settings, new: li
             again = f"remove {settings.home} to see it again from the beginning"
             say(f"The replay has been played to its end, so nothing new will come; {again}.")
     if new and not care.stopping.is_set():
-        say(f"No model of {', '.join(e.series.name for e in new)} yet: each is trained once, which takes about a minute.")
+        say(f"No model of {', '.join(e.series.name for e in new)} yet: each is trained once, about a minute.")
         work = begin_part("train", settings, to_terminal=True, entries=[e.model_dump() for e in new])
         _train_first(care, ManagedProcess("training", work, settings.home / "logs" / "training.log"))
     for part in care.processes[options.demo :]:
@@ -418,5 +420,5 @@ def up(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Trainings at once.")] = 1,
 ) -> None:
-    "Everything on one machine: exchange data, schedule, API and dashboard, at one address, until Ctrl-C."
+    "Everything on one machine: exchange data, schedule, API and page, at one address, until Ctrl-C."
     run_up(UpOptions(tuple(pairs or ()), demo, file, port, api_port or get_settings().port or 8750, speed, jobs))

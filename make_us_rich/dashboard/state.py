@@ -103,7 +103,9 @@ class PageState:
         if self.series not in known:
             self.series = next((key for key in known if key.startswith(f"{self.series}/")), known[0])
         candles, history = await asyncio.gather(
-            self.api.ask("GET", self.path("candles", hours=min(2000, 2 * interval_minutes(self.interval)))),  # 120 candles
+            self.api.ask(
+                "GET", self.path("candles", hours=min(2000, 2 * interval_minutes(self.interval)))
+            ),  # 120 candles
             self.api.ask("GET", self.path("forecasts", "/history", limit=130)),
         )
         if mine == self.asked:

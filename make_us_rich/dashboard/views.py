@@ -42,7 +42,9 @@ class ForecastView(W.Box):
         "Draw what the page knows."
         state, forecast = self.state, self.state.forecast
         candles = state.candles
-        nothing = "No pair is served yet: train and publish one." if state.loaded_at else "Waiting for the first answer."
+        nothing = (
+            "No pair is served yet: train and publish one." if state.loaded_at else "Waiting for the first answer."
+        )
         self.card.value = forecast_card(forecast, state.now) if forecast else f"<p>{nothing}</p>"
         self.legend.value = legend_html(state.interval)
         if candles and series_of(candles) == state.series and candles["rows"]:

@@ -212,8 +212,9 @@ def coverage_by_week(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
     return table.set_axis(report.issued.groupby(weeks).first()[: len(table)].dt.date, axis=0).rename_axis("week of")
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #c5b91c1d
-_COLOURS = ("#1f5fbf", "#e08a1e", "#2e8b57", "#8a4fbf", "#c8374b", "#0f9aa8")
-_COLOURS += ("#7a5c3e", "#b0468f", "#5f7f1f", "#444444", "#a08020", "#3f6fa0")
+_COLOURS = tuple(
+    "#1f5fbf #e08a1e #2e8b57 #8a4fbf #c8374b #0f9aa8 #7a5c3e #b0468f #5f7f1f #444444 #a08020 #3f6fa0".split()
+)
 
 
 def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure":

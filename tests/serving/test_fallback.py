@@ -97,9 +97,7 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
     assert json.loads(result.read_text())["fallback"] == only.version
     page = (result.parent / "train.ipynb").read_text()
     assert f"The fallback HAR-t `{only.version}` serves." in page and "It is the fallback HAR-t" in page
-    forecast = forecast_pair(
-        "BTC_USDT", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min")
-    )
+    forecast = forecast_pair("BTC_USDT", store, CandleStore(settings.candles_dir), None, CLOSED + pd.Timedelta("1min"))
     assert (forecast.status, forecast.model_version) == (
         "ok",
         only.version,
