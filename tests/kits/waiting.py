@@ -9,7 +9,7 @@ import psutil
 LONG = 300  # seconds; for a wait that takes its limit as a number
 
 
-def wait_for(condition, seconds=120, what="", progress=lambda: None):
+def wait_for(condition, seconds=LONG, what="", progress=lambda: None):
     "What the condition gives as soon as that is true; the limit counts from the last time that `progress` gave something new."
     seen, until = progress(), time.monotonic() + seconds
     while not (found := condition()):

@@ -107,7 +107,9 @@ def make_program(folder, hold):
     (packages / "clone.pth").write_text(f"{clone}\n{Path(pd.__file__).parents[1]}\n")
     (environment / "share").symlink_to(Path(sys.prefix) / "share")
     program = environment / "bin" / "mkrich"
-    program.write_text(f"#!{environment}/bin/python\nfrom make_us_rich.cli.main import main\nmain()\n")
+    program.write_text(
+        f'#!{environment}/bin/python\nfrom make_us_rich.cli.main import main\nif __name__ == "__main__":\n    main()\n'
+    )
     program.chmod(0o755)
     return str(program)
 
@@ -138,12 +140,6 @@ class Fleet:
             )
         self.hosts[name] = process
         return process
-
-    def wait_for(self, condition, what):
-        "Wait as long as something happens: a line in a log, an answer of the engine."
-        return wait_for(
-            condition, LONG, what, progress=lambda: [path.stat().st_size for path in self.folder.glob("*/log")]
-        )
 
     def log(self):
         return "\n".join(
@@ -243,7 +239,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         fleet.database,
     )
     try:
-        fleet.wait_for(fleet.is_up, "the Prefect server")
+        wait_for(fleet.is_up, what="the Prefect server")
     except AssertionError as e:
         raise AssertionError(f"{e}\n{fleet.log()}") from e
     (fleet.folder / "pairs.yaml").write_text(LIST + "- {pair: XRP_USDT, recipe: default}\n")
@@ -276,11 +272,16 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
     ledger = RunLedger(connect(settings.db_url))
     try:
 
+        def accounts():
+            rows = [(r.run_id, r.state, r.attempts, r.reason) for r in ledger.rows()]
+            assert not [row for row in rows if row[1] == "failed"], rows
+            return rows
+
         def running():
             "The rows whose notebook has begun."
             return [r for r in ledger.rows(state="running") if Path(r.notebook).with_name("outcome.json").exists()]
 
-        victim = fleet.wait_for(running, "a run in its notebook")[0]
+        victim = wait_for(running, what="a run in its notebook", seconds=3 * LONG, progress=accounts)[0]
         host = victim.host.partition("/")[0]
         assert host in ("host-a", "host-b")
         fleet.hosts[host].send_signal(signal.SIGKILL)  # and all that runs there dies with it, at once
@@ -289,7 +290,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         def all_done():
             return len(ledger.rows(state="published")) + len(ledger.rows(state="refused")) == len(PAIRS)
 
-        fleet.wait_for(all_done, "an outcome of every pair")
+        wait_for(all_done, what="an outcome of every pair", seconds=3 * LONG, progress=accounts)
         rows = {r.pair: r for r in ledger.rows()}
         assert sorted(rows) == sorted(r.pair for r in ledger.rows()) == list(PAIRS)
         other = {"host-a": "host-b", "host-b": "host-a"}[host]
@@ -308,9 +309,9 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
                 row.state,
                 row.reason,
             )
-        fleet.wait_for(
+        wait_for(
             lambda: not [r for r in fleet.runs() if r["state_type"] in ("RUNNING", "PENDING")],
-            "the end of all runs in Prefect",
+            what="the end of all runs in Prefect",
         )
         states = [r["state_type"] for r in fleet.runs()]
         assert states.count("CRASHED") >= 1 and states.count("COMPLETED") >= len(PAIRS), states
