@@ -37,8 +37,6 @@ def serve(
 
 # %% ../../nbs/11_cli/05_serving.ipynb #6cbafde6
 users_app = typer.Typer(help="Who may call the API.", no_args_is_help=True)
-
-
 tokens_app = typer.Typer(help="The keys of users; each is shown once.", no_args_is_help=True)
 
 

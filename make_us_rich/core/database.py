@@ -206,8 +206,6 @@ def insert_into(opened: Session, table: type[Base]) -> sqlite.Insert | postgresq
 
 # %% ../../nbs/01_core/06_database.ipynb #ece6b274
 MIGRATION_WAIT = 60  # seconds that one process waits for the migration of another one
-
-
 MIGRATION_LOCK = 7_309_453  # any number that no other program uses
 
 

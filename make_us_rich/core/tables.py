@@ -93,8 +93,6 @@ NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s",
     "pk": "pk_%(table_name)s",
 }
-
-
 UNSEEN = {"password_hash", "sha256"}
 
 

@@ -61,8 +61,6 @@ REFUSALS = {
     429: ("gets too many requests from here (HTTP 429)", 60.0),
     418: ("has banned this address for a while (HTTP 418)", 120.0),
 }
-
-
 WEIGHT_A_MINUTE = 6000  # Binance's limit for one address
 
 

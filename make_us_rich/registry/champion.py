@@ -19,8 +19,6 @@ from .versions import UNUSABLE, VERSION, as_arguments, load_bundle
 
 # %% ../../nbs/05_registry/03_champion.ipynb #615ea92e
 HISTORY = 20  # earlier champions that a pointer remembers
-
-
 POINTER_STAYS = ("older_cutoff", "withdrawn")  # reasons of a `StoreError` after which the champion stays the champion
 
 

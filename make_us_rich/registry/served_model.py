@@ -143,8 +143,6 @@ options.log_severity_level = 4
 session = onnxruntime.InferenceSession(told["model"].tobytes(), options, providers=["CPUExecutionProvider"])
 session.run(None, {name: told[name] for name in ("candles", "open_time", "width")})
 """
-
-
 TRIAL_MEMORY, TRIAL_SECONDS = 1 << 30, 30
 
 

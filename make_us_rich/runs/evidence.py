@@ -52,11 +52,7 @@ blockquote { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #c8374b
   blockquote { background: #2b1a1d } img { background: #fff }
 }
 """
-
-
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-
 _SHOWN = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 
 

@@ -28,8 +28,6 @@ from .run import RunId
 
 # %% ../../nbs/08_runs/03_ledger.ipynb #0b1ecec2
 AGAIN = ("failed", "abandoned", "skipped")
-
-
 DONE = ("published", "refused")
 
 
@@ -145,8 +143,6 @@ def series_of(row: RunRow) -> Series:
 
 # %% ../../nbs/08_runs/03_ledger.ipynb #3d806448
 RETRIES = {"kernel_died": 2, "abandoned": 2, "exchange": 3, "timeout": 1}  # exit class -> tries after the first
-
-
 PAUSE = 30.0  # seconds before the first of them; four times as long before each next one
 
 

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/08_runs/05_report.ipynb #7b3466d5
 SAMPLE_URL = "replay://sample"
-
-
 _open = ExitStack()  # what must be closed when the kernel ends
 
 

@@ -193,8 +193,6 @@ LIBRARIES = (
     "make_us_rich.models.training",
     "make_us_rich.serving.forecasting",
 )  # what the run notebooks and their kernel import; a name that is wrong would be passed over in silence
-
-
 _FORK_SERVER: list[ForkServer] = []  # at most one; filled by `start_warm`
 
 
@@ -230,8 +228,6 @@ def _follow(child: Started, events: Path, until: float, on_progress: Progress) -
 
 # %% ../../nbs/08_runs/02_runner.ipynb #ce750d6c
 _CLASS_OF_ERROR = {"CandleError": "no_data", "SettingsError": "settings", "ExchangeError": "exchange"}
-
-
 _OWN_ERRORS = (*_CLASS_OF_ERROR, "TrainingError", "StoreError", "ForecastUnavailable", "GateRefused", "MakeUsRichError")
 
 

@@ -137,8 +137,6 @@ def _feed(plan: Plan, entry: Entry) -> list[str]:
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #595f4f19
 ENGINE = Path(str(files("make_us_rich.schedule"))) / "engine"
-
-
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

@@ -31,11 +31,7 @@ from ..runs.ledger import retry_pause
 
 # %% ../../nbs/09_schedule/01_plan.ipynb #0fadb643
 MINUTES_AFTER_CLOSE = 2.0
-
-
 PRETRAIN_CRON = "30 3 * * sun"
-
-
 TIDY_CRON = "40 4 * * *"
 
 
