@@ -96,7 +96,8 @@ def backtest(
     pool: Pool | None = None,
 ) -> BacktestReport:
     "Walk over checked candles: refit, forecast each hour from what was known, refit; resumable in `out`."
-    step, asked, walk = Interval.parse(interval), contenders(models, interval, pool), walk or Walk()
+    step, asked = Interval.parse(interval), contenders(models, interval, pool)
+    walk = walk or Walk()
     blocks = plan_blocks(frame, walk, step)
     found: dict[str, list[np.ndarray]] = {contender.name: [] for contender in asked}
     for done, (contender, block) in enumerate((contender, block) for contender in asked for block in blocks):

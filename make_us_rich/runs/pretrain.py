@@ -252,7 +252,8 @@ def plot_pool(scores: PoolScores) -> "Figure":
 # %% ../../nbs/08_runs/07_pretrain.ipynb #319d9611
 def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     "May this pooled network be published?"
-    whole, each, n = scores.table.iloc[0], scores.table.iloc[1:], len(scores.hours)
+    whole, each = scores.table.iloc[0], scores.table.iloc[1:]
+    n = len(scores.hours)
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
     hours, pairs = f"{n} hours of {len(each)} pairs were scored", f"it is better for {better:.0%} of the pairs"
     ratio = f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}"
