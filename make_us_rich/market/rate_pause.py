@@ -19,7 +19,7 @@ from ..core.settings import Clock, ExchangeError, log, system_clock, utc_iso
 from ..core.storage import write_atomic
 from .clock import RunningClock
 from .exchange import BinanceClient
-from .candle_store import Progress
+from .candles import Progress
 
 # %% ../../nbs/02_market/07_rate_pause.ipynb #be027965
 class RatePause:

@@ -43,7 +43,7 @@ from ..evaluation.gate import LIMITS, PARITY_RULE
 from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
-from .report import SAMPLE_URL, Markdown, Run, RunPlace, check_candles, open_market
+from .report import SAMPLE_URL, Markdown, Run, RunPlace, refuse_bad_candles, open_market
 from .report import read_recipe, stored_series
 from .run import identify
 from .publish import Candidate, Publication, Tracked, publish_run, track_publication, write_result
@@ -139,7 +139,7 @@ def _read(store: CandleStore, series: Series, cutoff: str, history_days: int) ->
     rows = int(pd.Timedelta(days=history_days) / step.delta) or None
     frame = store.read(series, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
     book = store.info(series)
-    check_candles(series, book)
+    refuse_bad_candles(series, book)
     return frame, book
 
 

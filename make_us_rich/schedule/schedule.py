@@ -33,7 +33,7 @@ from make_us_rich.schedule.plan import (
     Plan,
     PlanFile,
     how_often,
-    is_due,
+    why_due,
     next_due,
     recipe_name,
 )
@@ -235,7 +235,7 @@ def catch_up(schedule: Schedule) -> None:
         except StoreError as e:
             log.warning("%s", e)
             newest = None
-        if newest is None or is_due(entry, newest, now, here):
+        if newest is None or why_due(entry, newest, now, here):
             schedule.consider(key)
         elif newest.retry_at is not None:
             schedule.try_later(key, (newest.retry_at - here).total_seconds())

@@ -22,7 +22,7 @@ from make_us_rich.evaluation.backtest_plots import plot_pit
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.leaktest import leaktest
 from make_us_rich.evaluation.peers import PEERS
-from make_us_rich.evaluation.walk import COLUMNS, Pool, Walk, contenders, plan_blocks
+from make_us_rich.evaluation.walk import QUANTILE_COLUMNS, Pool, Walk, contenders, plan_blocks
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles, next_returns, scorable_rows
 from make_us_rich.market.exchange import BinanceClient
@@ -99,7 +99,7 @@ def test_a_stopped_backtest_goes_on_and_never_reads_stale_blocks(tmp_path, monke
     assert len(made) == len(later.blocks)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".parquet"}
-    assert list(pd.read_parquet(files[0]).columns) == ["timestamp", *COLUMNS]
+    assert list(pd.read_parquet(files[0]).columns) == ["timestamp", *QUANTILE_COLUMNS]
 
 
 def test_gaps_are_neither_forecast_nor_filled():
