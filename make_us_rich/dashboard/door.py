@@ -28,7 +28,7 @@ from voila.app import Voila
 
 from ..api.client import ApiError, Plain, PlainClient
 from ..core.kernels import KERNEL_ID
-from .words import minutes_between
+from .templates import minutes_between
 
 # %% ../../nbs/10_dashboard/10_door.ipynb #870e3d8a
 @dataclass(frozen=True)
