@@ -18,7 +18,8 @@ from make_us_rich.market.candles import VALUE_COLUMNS, fake_candles
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import POOLED, Series
 from make_us_rich.models.baselines import LEVELS
-from make_us_rich.models.export import convert_model, open_session, validate_model
+from make_us_rich.models.export import convert_model, validate_model
+from make_us_rich.models.graph import open_session
 from make_us_rich.models.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
