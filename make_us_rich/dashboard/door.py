@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISIT', 'LARGEST_MESSAGE', 'Viewer', 'Names', 'Visit', 'Full', 'Door', 'facts_of', 'has_left', 'end_kernel', 'enter',
-           'Manager', 'address_of', 'guarded', 'PageServer']
+           'Manager', 'seen_from', 'guarded', 'PageServer']
 
 # %% ../../nbs/10_dashboard/10_door.ipynb #930f964c
 import asyncio
@@ -184,7 +184,7 @@ class Manager(AsyncMappingKernelManager):
         return super().remove_kernel(kernel_id)
 
 
-def address_of(peer: str, forwarded: str) -> str:
+def seen_from(peer: str, forwarded: str) -> str:
     "Where a request comes from; what a front door on this machine says counts, what anybody else says does not."
     try:
         is_near = ipaddress.ip_address(peer).is_loopback
@@ -258,5 +258,5 @@ class PageServer(Voila):
             handler.set_signed_cookie(cookie, browser, httponly=True, samesite="Lax", secure=https)
         user = await self.names.of(headers.get("X-Mur-Token", ""))
         peer = handler.request.connection.context.address
-        near = address_of(peer[0] if isinstance(peer, tuple) else "", headers.get("X-Forwarded-For", ""))
+        near = seen_from(peer[0] if isinstance(peer, tuple) else "", headers.get("X-Forwarded-For", ""))
         return Viewer(browser, user, near)
