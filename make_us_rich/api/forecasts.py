@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.settings import MakeUsRichError, utc_iso
 from ..core.tables import ForecastRow
-from ..market.series import Series
+from ..market.series import Interval, Series
 from ..models.baselines import LEVELS
 from ..serving.forecast import Forecast
-from ..serving.refresh import LONG_AGO, PairState
+from ..serving.parts import LONG_AGO
+from ..serving.refresh import SeriesState
 from .refusals import Refusal
 from make_us_rich.api.routing import (
     Api,
@@ -84,10 +85,10 @@ class Candles(BaseModel):
 MOST_ROWS = 2000
 
 
-def _candles_of(api: Api, state: PairState, hours: int) -> dict[str, Any]:
+def _candles_of(api: Api, state: SeriesState, hours: int) -> dict[str, Any]:
     "The closed candles of so many hours, times as text; at least one, at most `MOST_ROWS`."
-    pair, interval = str(state.pair), str(state.interval)
-    rows = min(max(1, hours * 3_600_000 // state.interval.ms), MOST_ROWS)
+    pair, interval = str(state.series.pair), str(state.series.interval)
+    rows = min(max(1, hours * 3_600_000 // state.series.interval.ms), MOST_ROWS)
     frame = api.service.parts.candles.read(state.series, rows=rows)
     texts = frame.copy()
     for name in ("timestamp", "close_time"):
@@ -153,7 +154,7 @@ class Now(BaseModel):
 @router.get("/check_models_number", summary="How many models are served", **guard("known"))
 def _check_models_number(request: Request) -> Count:
     "Pairs with a verified model, each interval by itself."
-    pairs = [series.name for series, state in api_of(request).states.items() if state.model]
+    pairs = [series.name for series, state in api_of(request).states.items() if state.choice.model]
     return Count(number=len(pairs), pairs=pairs)
 
 
@@ -195,14 +196,14 @@ class Records(Record):
 def _track_record(request: Request, interval: IntervalText = None) -> Response:
     "No forecast is left out. Intervals are not added up with each other: their losses are of different sizes."
     api = api_of(request)
-    body = api.service.record_body(None, interval or default_interval(api))
+    body = api.service.record_body(Interval.parse(interval or default_interval(api)))
     lines = orjson.dumps([_record_line(series, state) for series, state in api.states.items()])
     return Response(body[:-1] + b',"series":' + lines + b"}", media_type="application/json")
 
 
-def _record_line(series: Series, state: PairState) -> dict[str, Any]:
+def _record_line(series: Series, state: SeriesState) -> dict[str, Any]:
     "A series' record in a line."
-    record = state.record
+    record = state.settling.record
     return {
         "pair": str(series.pair),
         "interval": str(series.interval),
@@ -216,10 +217,10 @@ def _record_line(series: Series, state: PairState) -> dict[str, Any]:
 def _track_record_of(request: Request, pair: PairText, interval: IntervalText = None) -> Response:
     "With the arithmetic of the badge, the candles without a forecast, and the record over time."
     state = state_of(api_of(request), pair, interval)
-    if not state.record_body:
+    if not state.settling.body:
         text = f"the record of {pair} is being added up; try again in a few seconds"
         raise Refusal(503, "no_record", text, {"Retry-After": "5"})
-    return Response(state.record_body, media_type="application/json")
+    return Response(state.settling.body, media_type="application/json")
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #023d2e19
 class History(BaseModel):
@@ -270,8 +271,10 @@ def _history(
     "No forecast is left out. Not counted as a call."
     api = api_of(request)
     state = state_of(api, pair, interval)
-    rows = api.service.ledger.rows(str(state.pair), str(state.interval), limit)
-    return json_answer({"pair": str(state.pair), "interval": str(state.interval), "rows": [_past(row) for row in rows]})
+    series, rows = state.series, api.service.ledger.rows(state.series, limit)
+    return json_answer(
+        {"pair": str(series.pair), "interval": str(series.interval), "rows": [_past(row) for row in rows]}
+    )
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #41a431ab
 class Overview(BaseModel):
@@ -283,7 +286,7 @@ class Overview(BaseModel):
     pairs: list[dict[str, Any]]
 
 
-def _line(api: Api, series: Series, state: PairState) -> dict[str, Any]:
+def _line(api: Api, series: Series, state: SeriesState) -> dict[str, Any]:
     "A series at a glance."
     try:
         closes = api.service.parts.candles.read(series, rows=24)["close"].tolist()
@@ -294,8 +297,8 @@ def _line(api: Api, series: Series, state: PairState) -> dict[str, Any]:
         "interval": str(series.interval),
         "forecast": state.answer.forecast.to_dict() if state.answer else None,
         "closes": closes,
-        "badge": state.record.badge.colour if state.record else "grey",
-        "model_version": state.model.manifest.version if state.model else "",
+        "badge": state.settling.record.badge.colour if state.settling.record else "grey",
+        "model_version": state.version,
         "problem": "",
     }
 

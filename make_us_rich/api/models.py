@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.database import session
 from ..market.series import Series
 from ..registry.versions import VersionInfo
-from ..serving.refresh import PairState
+from ..serving.refresh import SeriesState
 from .refusals import Refusal
 from .accounts import audit
 from .routing import Api, IntervalText, PairText, api_of, guard, router, state_of
@@ -62,15 +62,16 @@ def _models(request: Request) -> Models:
     return Models(models=[_served_model(series, state) for series, state in api_of(request).states.items()])
 
 
-def _served_model(series: Series, state: PairState) -> ServedModel:
+def _served_model(series: Series, state: SeriesState) -> ServedModel:
     "What serves a series, and what should."
-    version = state.model.manifest.version if state.model else ""
-    champion = state.pointer.version if state.pointer else ""
+    model, pointer = state.choice.model, state.choice.pointer
+    version = state.version
+    champion = pointer.version if pointer else ""
     return ServedModel(
         pair=str(series.pair),
         interval=str(series.interval),
         version=version,
-        cutoff=str(state.model.manifest.cutoff) if state.model else "",
+        cutoff=str(model.manifest.cutoff) if model else "",
         champion=champion,
         degraded=version != champion,
     )
@@ -82,10 +83,10 @@ def _models_of(request: Request, pair: PairText, interval: IntervalText = None) 
     api = api_of(request)
     state = state_of(api, pair, interval)
     versions = [_version(info) for info in _published(api, state)]
-    return Versions(pair=str(state.pair), interval=str(state.interval), versions=versions)
+    return Versions(pair=str(state.series.pair), interval=str(state.series.interval), versions=versions)
 
 
-def _published(api: Api, state: PairState) -> list[VersionInfo]:
+def _published(api: Api, state: SeriesState) -> list[VersionInfo]:
     "All versions of a series, as the store lists them."
     return api.service.parts.store.versions(state.series)
 
@@ -137,4 +138,4 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: In
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", series.name, f"{version} {body.reason}")
     api.service.update_models()
-    return RolledBack(pair=str(state.pair), interval=str(state.interval), version=version)
+    return RolledBack(pair=str(state.series.pair), interval=str(state.series.interval), version=version)

@@ -30,7 +30,8 @@ from starlette.exceptions import HTTPException
 
 from ..core.settings import Clock, Settings, SettingsError, StoreError, Ticks, log, system_clock
 from ..market.series import MINUTES, Pair, Series
-from ..serving.refresh import Answer, PairState
+from ..serving.answering import Answer
+from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .refusals import Problem, Refusal, refusal_of
 from .logs import REQUEST_ID, Metrics
@@ -157,7 +158,7 @@ class Api:
     ages: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
-    def states(self) -> dict[Series, PairState]:
+    def states(self) -> dict[Series, SeriesState]:
         "What the service knows about the series it serves."
         return self.service.states
 
@@ -223,7 +224,7 @@ IntervalText = Annotated[Annotated[str, AfterValidator(checked_interval)] | None
 series_named = lru_cache(4096)(Series.parse)
 
 
-def state_of(api: Api, pair: str, interval: str | None = None) -> PairState:
+def state_of(api: Api, pair: str, interval: str | None = None) -> SeriesState:
     "What the service knows about a series, or a `Refusal` for one that is not served."
     states = api.states
     series = series_named(pair, interval or "1h")
@@ -237,7 +238,7 @@ def state_of(api: Api, pair: str, interval: str | None = None) -> PairState:
     raise Refusal(404, "unknown_pair", f"{series.name} is not served; served are: {served}")
 
 
-def ready_answer(state: PairState) -> Answer:
+def ready_answer(state: SeriesState) -> Answer:
     "The forecast that the service has at hand, or a `Refusal`."
     if answer := state.answer:
         return answer

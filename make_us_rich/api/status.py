@@ -35,7 +35,7 @@ def _readyz(request: Request) -> Response:
     "The database answers and at least one verified model is loaded, of whichever pair and interval."
     api = api_of(request)
     ping(api.engine)
-    if not any(state.model for state in api.states.values()):
+    if not any(state.choice.model for state in api.states.values()):
         text = "no verified model is loaded yet; train and publish one, or wait for the store"
         raise Refusal(503, "not_ready", text, {"Retry-After": "5"})
     return json_answer({"status": "ready"})
@@ -56,7 +56,7 @@ def _metrics(request: Request) -> Response:
         if state.answer and state.answer.forecast.as_of:
             lag = now - pd.Timestamp(state.answer.forecast.as_of)
             metrics.candle_lag.labels(series.name).set(lag.total_seconds())
-        if state.model:
-            age = now - pd.Timestamp(state.model.manifest.cutoff)
+        if model := state.choice.model:
+            age = now - pd.Timestamp(model.manifest.cutoff)
             metrics.model_age.labels(series.name).set(age.total_seconds())
     return PlainTextResponse(metrics.text())
