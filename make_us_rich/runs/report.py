@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_URL', 'LONG_HOLE', 'open_market', 'since_long_hole', 'Run', 'RunPlace', 'open_run', 'stored_series',
-           'check_candles', 'read_recipe', 'plot_prices', 'Markdown', 'recipe_table', 'TestSpan', 'rows_to_test',
+           'refuse_bad_candles', 'read_recipe', 'plot_prices', 'Markdown', 'recipe_table', 'TestSpan', 'rows_to_test',
            'walk_test_span', 'window_of_result', 'judge']
 
 # %% ../../nbs/08_runs/05_report.ipynb #7b350062
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/08_runs/05_report.ipynb #7b3466d5
 SAMPLE_URL = "replay://sample"
-
-
 _open = ExitStack()  # what must be closed when the kernel ends
 
 
@@ -176,7 +174,7 @@ def open_run(
     stored = candles.read(series, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
     frame, note = since_long_hole(stored, step)
     book = candles.info(series)
-    check_candles(series, book)
+    refuse_bad_candles(series, book)
     end = frame["timestamp"].iloc[-1] + step.delta
     return Run(
         series,
@@ -200,7 +198,7 @@ def stored_series(candles_dir: Path, like: Series) -> list[Series]:
     return sorted(Series.parse(path.parent.name, like.interval) for path in paths)
 
 
-def check_candles(series: Series, book: Provenance) -> None:
+def refuse_bad_candles(series: Series, book: Provenance) -> None:
     "Refuse candles of which too many break a rule."
     if book.report.bad_share > 0.001:
         share = f"{book.report.bad_share:.2%} of the candles of {series.name} from {book.source} break a rule"

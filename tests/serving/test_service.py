@@ -16,7 +16,8 @@ from tiny_model import PAIRS, publish, sample
 from make_us_rich.core.database import connect
 from make_us_rich.core.settings import ExchangeError, StoreError, get_settings, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving import choice
