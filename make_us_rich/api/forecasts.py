@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'NOT_NEW', 'MOST_ROWS', 'Asset', 'Quote', 'KEPT', 'Forecasts', 'Candles', 'ForecastWithCandles', 'Count',
-           'Now', 'Record', 'Records', 'History', 'Overview']
+           'Now', 'SeriesRecord', 'Records', 'History', 'Overview']
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #38022d31
 import hashlib
@@ -30,7 +30,7 @@ from make_us_rich.api.routing import (
     api_of,
     checked_pair,
     default_interval,
-    guard,
+    allow,
     json_answer,
     ready_answer,
     router,
@@ -52,7 +52,7 @@ NOT_NEW = {"description": "Nothing new since the `ETag` in `If-None-Match`."}
 @router.get(
     "/v1/forecasts/{pair}",
     summary="The newest forecast of a pair",
-    **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW),
+    **allow("counted", Forecast, _200=SHOWN, _304=NOT_NEW),
 )
 async def _forecast(request: Request, pair: PairText, interval: IntervalText = None) -> Response:
     "An abstention (`status` is `abstain`, with a reason) is a normal answer."
@@ -61,7 +61,7 @@ async def _forecast(request: Request, pair: PairText, interval: IntervalText = N
     return answer_ready(api, request, answer.body, answer.etag, answer.until)
 
 
-@router.get("/v1/forecasts", summary="The newest forecasts of all series", **guard("counted", Forecasts, _304=NOT_NEW))
+@router.get("/v1/forecasts", summary="The newest forecasts of all series", **allow("counted", Forecasts, _304=NOT_NEW))
 async def _forecasts(request: Request) -> Response:
     "One call, however many pairs and intervals are served."
     api = api_of(request)
@@ -103,7 +103,7 @@ def _candles_of(api: Api, state: SeriesState, hours: int) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/candles/{pair}", summary="The newest closed candles of a series", **guard("counted", Candles))
+@router.get("/v1/candles/{pair}", summary="The newest closed candles of a series", **allow("counted", Candles))
 def _candles(
     request: Request, pair: PairText, hours: Annotated[int, Query(ge=1, le=2000)] = 120, interval: IntervalText = None
 ) -> Response:
@@ -124,7 +124,7 @@ Asset = Annotated[str, Query(pattern=r"^[A-Za-z0-9]{1,20}$", examples=["btc"])]
 Quote = Annotated[str, Query(pattern=r"^[A-Za-z0-9]{1,20}$", examples=["usdt"])]
 
 
-@router.put("/predict", summary="The newest forecast of a pair, by two assets", **guard("counted", ForecastWithCandles))
+@router.put("/predict", summary="The newest forecast of a pair, by two assets", **allow("counted", ForecastWithCandles))
 def _predict(
     request: Request, currency: Asset, compare: Quote, candles: bool = False, interval: IntervalText = None
 ) -> Response:
@@ -151,21 +151,21 @@ class Now(BaseModel):
     as_of: dict[str, str]
 
 
-@router.get("/check_models_number", summary="How many models are served", **guard("known"))
+@router.get("/check_models_number", summary="How many models are served", **allow("known"))
 def _check_models_number(request: Request) -> Count:
     "Pairs with a verified model, each interval by itself."
     pairs = [series.name for series, state in api_of(request).states.items() if state.choice.model]
     return Count(number=len(pairs), pairs=pairs)
 
 
-@router.put("/update_models", summary="Look for new champions now", **guard("admin"))
+@router.put("/update_models", summary="Look for new champions now", **allow("admin"))
 def _update_models(request: Request) -> Count:
     "The service also does this by itself, every few seconds."
     api_of(request).service.update_models()
     return _check_models_number(request)
 
 
-@router.put("/update_date", summary="The service's time", **guard("admin"))
+@router.put("/update_date", summary="The service's time", **allow("admin"))
 def _update_date(request: Request) -> Now:
     "Changes nothing: forecasts follow the exchange's clock."
     api = api_of(request)
@@ -173,7 +173,7 @@ def _update_date(request: Request) -> Now:
     return Now(date=utc_iso(api.service.parts.now), as_of=known)
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #82e23637
-class Record(BaseModel):
+class SeriesRecord(BaseModel):
     "How the forecasts of a pair (or of all) turned out; ratios below 1 beat their reference."
 
     model_config = ConfigDict(extra="allow")
@@ -186,13 +186,13 @@ class Record(BaseModel):
     badge: dict[str, Any]
 
 
-class Records(Record):
+class Records(SeriesRecord):
     "The record over all pairs of one interval, and a line about each series of any interval."
 
     series: list[dict[str, Any]]
 
 
-@router.get("/v1/track-record", summary="How all forecasts turned out", **guard("known", Records))
+@router.get("/v1/track-record", summary="How all forecasts turned out", **allow("known", Records))
 def _track_record(request: Request, interval: IntervalText = None) -> Response:
     "No forecast is left out. Intervals are not added up with each other: their losses are of different sizes."
     api = api_of(request)
@@ -213,7 +213,9 @@ def _record_line(series: Series, state: SeriesState) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/track-record/{pair}", summary="How the forecasts of a series turned out", **guard("known", Record))
+@router.get(
+    "/v1/track-record/{pair}", summary="How the forecasts of a series turned out", **allow("known", SeriesRecord)
+)
 def _track_record_of(request: Request, pair: PairText, interval: IntervalText = None) -> Response:
     "With the arithmetic of the badge, the candles without a forecast, and the record over time."
     state = state_of(api_of(request), pair, interval)
@@ -263,7 +265,7 @@ def _past(row: ForecastRow) -> dict[str, Any]:
 
 
 @router.get(
-    "/v1/forecasts/{pair}/history", summary="Earlier forecasts of a series, and what came", **guard("known", History)
+    "/v1/forecasts/{pair}/history", summary="Earlier forecasts of a series, and what came", **allow("known", History)
 )
 def _history(
     request: Request, pair: PairText, limit: Annotated[int, Query(ge=1, le=720)] = 50, interval: IntervalText = None
@@ -303,7 +305,7 @@ def _line(api: Api, series: Series, state: SeriesState) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/overview", summary="All series at a glance", **guard("counted", Overview))
+@router.get("/v1/overview", summary="All series at a glance", **allow("counted", Overview))
 def _overview(request: Request) -> Response:
     "One call, however many pairs and intervals are served; `now` is the exchange's time."
     api = api_of(request)

@@ -17,7 +17,7 @@ from ..registry.versions import VersionInfo
 from ..serving.refresh import SeriesState
 from .refusals import Refusal
 from .accounts import audit
-from .routing import Api, IntervalText, PairText, api_of, guard, router, state_of
+from .routing import Api, IntervalText, PairText, api_of, allow, router, state_of
 
 # %% ../../nbs/07_api/11_models.ipynb #29bd7c96
 class ServedModel(BaseModel):
@@ -56,7 +56,7 @@ class Versions(BaseModel):
     versions: list[Version]
 
 
-@router.get("/v1/models", summary="The version that serves each series", **guard("known"))
+@router.get("/v1/models", summary="The version that serves each series", **allow("known"))
 def _models(request: Request) -> Models:
     "Degraded means: the champion does not load or failed its trial, so an earlier version serves."
     return Models(models=[_served_model(series, state) for series, state in api_of(request).states.items()])
@@ -77,7 +77,7 @@ def _served_model(series: Series, state: SeriesState) -> ServedModel:
     )
 
 
-@router.get("/v1/models/{pair}", summary="All versions of a series", **guard("counted"))
+@router.get("/v1/models/{pair}", summary="All versions of a series", **allow("counted"))
 def _models_of(request: Request, pair: PairText, interval: IntervalText = None) -> Versions:
     "Read from the model store."
     api = api_of(request)
@@ -123,7 +123,7 @@ class RolledBack(BaseModel):
     version: str
 
 
-@router.post("/v1/models/{pair}/rollback", summary="Go back to an earlier champion", **guard("admin"))
+@router.post("/v1/models/{pair}/rollback", summary="Go back to an earlier champion", **allow("admin"))
 def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: IntervalText = None) -> RolledBack:
     "The version that it leaves answers no more: this candle is forecast again."
     api, caller = api_of(request), request.scope["caller"]

@@ -18,7 +18,7 @@ from ..market.series import Series
 from ..market.candle_store import CandleStore
 from ..market.rate_pause import Market
 from ..registry.store import ModelStore
-from .forecasting import PATIENCE
+from .forecasting import CANDLE_PATIENCE
 from .verify import Ledger
 from .events import Events
 
@@ -38,7 +38,7 @@ class Parts:
     last_good: ModelStore | None = None
     jitter: Callable[[], float] = lambda: random.uniform(0.3, 2.0)
     public: bool = False
-    patience: pd.Timedelta = PATIENCE
+    patience: pd.Timedelta = CANDLE_PATIENCE
 
     @property
     def now(self) -> pd.Timestamp:

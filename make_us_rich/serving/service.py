@@ -37,7 +37,7 @@ from ..market.clock import RunningClock
 from ..market.rate_pause import Market, RatePause
 from ..registry.versions import as_arguments
 from ..registry.store import ModelStore, served_series
-from .ledger import HOURS
+from .ledger import HOURLY
 from .verify import Ledger
 from .events import Events
 from .parts import LONG_AGO, Parts
@@ -227,7 +227,7 @@ class Service:
             raise ForecastUnavailable(f"{rule}; train a model with `mkrich train {as_arguments(series)}`", "no_model")
         return answer
 
-    def record_body(self, of: str | Series | Interval = HOURS) -> bytes:
+    def record_body(self, of: str | Series | Interval = HOURLY) -> bytes:
         "The track record of a series, or (of an interval) that over all pairs, as JSON."
         return record_body(self, of if isinstance(of, Interval) else Series.parse(of))
 

@@ -26,7 +26,7 @@ from ..registry.served_model import OnnxModel, RememberedModel
 from .forecast import Forecast
 from .forecasting import forecast
 from make_us_rich.serving.ledger import (
-    HOURS,
+    HOURLY,
     SCORES,
     base_prices,
     issued_forecast,
@@ -169,7 +169,7 @@ class Ledger:
             return list(s.scalars(query.order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc()).limit(limit)))
 
     def track_record(
-        self, of: str | Series | Interval = HOURS, since: pd.Timestamp | None = None, version: str = ""
+        self, of: str | Series | Interval = HOURLY, since: pd.Timestamp | None = None, version: str = ""
     ) -> TrackRecord:
         "How the forecasts of a series (of an interval: of all pairs) turned out, by all versions or by one."
         rows = load_record(self.engine, of, since, version)

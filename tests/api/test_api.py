@@ -391,7 +391,7 @@ def test_one_fan_out_of_news(world):
 
 @pytest.mark.parametrize("client", ["leaves", "takes nothing"])
 def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
-    monkeypatch.setattr(limits, "PATIENCE", 0.05)
+    monkeypatch.setattr(limits, "SEND_SECONDS", 0.05)
     headers = [(b"authorization", f"Bearer {world.tokens['member']}".encode())]
     scope = {
         "type": "http",
