@@ -171,8 +171,8 @@ class Schedule:
         self._timers, self._stopped = Timers(), threading.Event()
         once = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         self.jobs = BackgroundScheduler(timezone=UTC, job_defaults=once)
-        order, longest = partial(make_order, self), 2 * settings.deadline + 300
-        self.pool = WorkerPool(self.options.jobs, order, self._done, longest, settings.runs / "worker.log")
+        longest, told = 2 * settings.deadline + 300, settings.runs / "worker.log"
+        self.pool = WorkerPool(self.options.jobs, lambda key: make_order(self, key), self._done, longest, told)
 
     def __repr__(self) -> str:
         return f"Schedule({', '.join(self.plan.entries)}; {self.options.jobs} at once)"
