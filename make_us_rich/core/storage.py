@@ -73,15 +73,9 @@ class Objects:
                 self.store = from_url(url)
             else:
                 patience: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
-                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in (
-                    "1",
-                    "true",
-                )  # options given here hide the variable
-                self.store = from_url(
-                    url,
-                    retry_config=patience,
-                    client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain},
-                )
+                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # hidden by options given here
+                options: Any = {"timeout": "20s", "connect_timeout": "5s", "allow_http": plain}
+                self.store = from_url(url, retry_config=patience, client_options=options)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:

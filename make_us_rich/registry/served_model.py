@@ -55,7 +55,7 @@ class OnnxModel:
     "A published model, loaded and proven: `predict` turns raw candles into price quantiles."
 
     def __init__(self, bundle: Bundle) -> None:
-        self.manifest, self.degraded = bundle.manifest, bundle.degraded
+        self.manifest = bundle.manifest
         self.window = bundle.manifest.window
         self.session = open_graph(bundle.model)
         self._check_golden()
@@ -88,7 +88,7 @@ class RememberedModel(OnnxModel):
     "A model that remembers its answers of width 1 for windows seen in a batch, the newest `size` of them."
 
     def __init__(self, model: OnnxModel, size: int = 1000) -> None:
-        self.manifest, self.degraded = model.manifest, model.degraded
+        self.manifest = model.manifest
         self.window, self.session = model.window, model.session
         self._size = size
         self._known: OrderedDict[tuple[int, int], tuple[np.ndarray, float]] = OrderedDict()

@@ -105,12 +105,11 @@ def finish(objects: Objects, folder: str, claimed: bytes | None) -> str:
 # %% ../../nbs/05_registry/02_versions.ipynb #965579ef
 @dataclass(frozen=True)
 class Bundle:
-    "One loaded version; `degraded` says why it is not the champion, and is empty if it is."
+    "One loaded version."
 
     manifest: Manifest
     model: bytes = field(repr=False)
     manifest_sha256: str
-    degraded: str = ""
 
     @property
     def version(self) -> str:
