@@ -55,6 +55,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 # %% ../../nbs/01_core/04_storage.ipynb #a27050e9
+def _link_above(root: Path, key: str) -> Path | None:
+    "The link that leads to an object of a folder, None if there is none."
+    return next((part for part in [Path(key), *Path(key).parents][:-1] if (root / part).is_symlink()), None)
+
+
+def _remote(url: str) -> Any:
+    "A store that is no folder, with patience of our own."
+    if url.startswith("memory:"):
+        return from_url(url)
+    plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # options given here hide the variable
+    return from_url(
+        url,
+        retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=20)},
+        client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain},
+    )
+
+# %% ../../nbs/01_core/04_storage.ipynb #760d438e
 class Objects:
     "Named objects below one URL: read whole, created once, replaced only by one who saw what is replaced."
 
@@ -68,14 +85,7 @@ class Objects:
                 if parts.netloc or len(parts.path) < 2:
                     raise OSError("a file URL has three slashes and a full path, like file:///home/me/models")
                 self.root = Path(url2pathname(parts.path))
-                self.store: Any = LocalStore(self.root, mkdir=True)
-            elif parts.scheme == "memory":
-                self.store = from_url(url)
-            else:
-                patience: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
-                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # hidden by options given here
-                options: Any = {"timeout": "20s", "connect_timeout": "5s", "allow_http": plain}
-                self.store = from_url(url, retry_config=patience, client_options=options)
+            self.store: Any = LocalStore(self.root, mkdir=True) if self.root else _remote(url)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -98,13 +108,10 @@ class Objects:
 
     def place(self, key: str) -> Path | None:
         "Where an object lies if this is a folder; `StoreError` if a link leads to it: a link can lead anywhere."
-        if self.root is None:
-            return None
-        for part in [Path(key), *Path(key).parents][:-1]:
-            if (self.root / part).is_symlink():
-                rule = f"{part} in {self.url} is a link, and a store reads only files of its own"
-                raise StoreError(f"{rule}; put the file itself there, or remove it", "damaged_version")
-        return self.root / key
+        if self.root is not None and (link := _link_above(self.root, key)):
+            rule = f"{link} in {self.url} is a link, and a store reads only files of its own"
+            raise StoreError(f"{rule}; put the file itself there, or remove it", "damaged_version")
+        return self.root / key if self.root else None
 
     def read(self, key: str, limit: int) -> bytes | None:
         "The whole object, None if there is none; one larger than `limit` is refused before a byte is fetched."
@@ -143,7 +150,7 @@ async def _listed(objects: Objects, prefix: str) -> dict[str, dict[str, Any]]:
 
 
 def list_objects(objects: Objects, prefix: str = "", seconds: float = LONGEST_LISTING) -> list[dict[str, Any]]:
-    "`path`, `size` and `last_modified` of each object below a prefix; `StoreError` if the store does not come to an end."
+    "`path`, `size`, `last_modified` of each object below a prefix; `StoreError` if the store comes to no end."
     with objects._told("listed"), ThreadPoolExecutor(1) as pool:  # the caller's thread may have a loop of its own
         try:
             return list(pool.submit(asyncio.run, asyncio.wait_for(_listed(objects, prefix), seconds)).result().values())

@@ -33,7 +33,7 @@ from .templates import minutes_between
 # %% ../../nbs/10_dashboard/10_door.ipynb #870e3d8a
 @dataclass(frozen=True)
 class Viewer:
-    "Who asks the page server: a browser by its cookie, the user behind a token if there is one, and where they ask from."
+    "Who asks the page server: a browser by its cookie, the user behind a token, and where they ask from."
 
     browser: str
     user: str = ""
@@ -84,7 +84,7 @@ class Full(Exception):
 
 @dataclass
 class Door:
-    "Who has which place: `places` in all, `own` of them for one viewer, `strangers` for those without a name at one address."
+    "Who has which place: `places` in all, `own` for one viewer, `strangers` for the nameless at one address."
 
     places: int
     own: int
@@ -192,7 +192,7 @@ def seen_from(peer: str, forwarded: str) -> str:
         is_near = not peer  # a socket of this machine
     return forwarded.rpartition(",")[2].strip() or peer if is_near else peer
 
-
+# %% ../../nbs/10_dashboard/10_door.ipynb #b2beec5e
 def guarded(handler: Any, server: "PageServer", is_page: bool) -> Any:
     "A handler of Voila that first asks who it is, and whether what they name is theirs."
 
@@ -232,7 +232,7 @@ def guarded(handler: Any, server: "PageServer", is_page: bool) -> Any:
 
     return Guarded
 
-
+# %% ../../nbs/10_dashboard/10_door.ipynb #3505ff08
 class PageServer(Voila):
     "Voila behind the door."
 

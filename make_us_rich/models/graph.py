@@ -45,7 +45,7 @@ PLAIN = """
 OPERATORS = frozenset(PLAIN.split())
 MOST_NODES = 20_000  # ours have a thousand
 
-
+# %% ../../nbs/03_models/10_graph.ipynb #4e5bd0b5
 class GraphError(ValueError):
     "A graph that may not run here; the sentence says why."
 
@@ -94,9 +94,8 @@ def read_graph(data: bytes) -> onnx.ModelProto:
     dims = [d.dim_value for x in model.graph.input[:1] for d in x.type.tensor_type.shape.dim]
     if (list(model.graph.input), list(model.graph.output)) != signature(dims[1] if len(dims) == 3 else 0):
         found = ", ".join(x.name for x in [*model.graph.input, *model.graph.output])
-        raise GraphError(
-            f"the graph has other inputs and outputs ({found[:200]}) than {', '.join(INPUTS + OUTPUTS)} as we publish them"
-        )
+        rule = f"the graph has other inputs and outputs ({found[:200]}) than we publish"
+        raise GraphError(f"{rule}: {', '.join(INPUTS)} -> {', '.join(OUTPUTS)}")
     return model
 
 # %% ../../nbs/03_models/10_graph.ipynb #ad4678be

@@ -76,16 +76,15 @@ PAGE_LIMIT = 16 << 20
 
 @lru_cache(1000)
 def series_at(pair: str, interval: str, url: str) -> Series | None:
-    "The series of two folders; None, and a word in the log once, if that is no pair: somebody's own folder stops nobody."
+    "The series of two folders; None, and once a word in the log, if that is no pair: a stray folder stops nobody."
     try:
         return Series.parse(pair, interval)
     except SettingsError:
-        log.warning(
-            "%.40s/%.10s in %s is no pair and is passed over; remove it if it is not yours", pair, interval, shown(url)
-        )
+        rule = "%.40s/%.10s in %s is no pair and is passed over; remove it if it is not yours"
+        log.warning(rule, pair, interval, shown(url))
         return None
 
-
+# %% ../../nbs/05_registry/04_store.ipynb #bf51e583
 class ModelReader:
     "The published models below one URL, to read."
 
@@ -130,7 +129,7 @@ class ModelReader:
         "The series that have a version."
         keys = [x["path"].split("/") for x in list_objects(self.objects)]
         named = {(k[0], k[1]) for k in keys if len(k) == 4 and re.fullmatch(VERSION, k[2], re.ASCII)}
-        return sorted(series for pair, interval in named if (series := series_at(pair, interval, self.url)))
+        return sorted(filter(None, (series_at(pair, interval, self.url) for pair, interval in named)))
 
     def _promoted(self, series: str | Series) -> Pointer:
         "The pointer; `StoreError` if nothing was promoted yet."
