@@ -128,6 +128,7 @@ def test_a_room_that_has_no_floor_is_found(planted):
         ("def _f():\n    return 1", "function without a docstring"),
         ("class F:\n    def g(self):\n        return 1", "function without a docstring"),
         (f"x = '{'x' * 120}'", "line over 120"),
+        ("\n# %% ../../nbs/01_core/99_dense.ipynb #0\n" + "x = 1\n" * 61, "cell over 60 lines"),
         ("\n".join(["x = 1", ""] * 201), "module over 400 lines"),  # blank lines count: `wc -l`
     ],
 )

@@ -56,7 +56,7 @@ def examine(settings: Settings) -> list[Finding]:
             findings.append(Finding(check.__name__.strip("_"), "fail", sentence_of(e)))
     return findings
 
-
+# %% ../../nbs/11_cli/04_doctor.ipynb #4e96e707
 def _python(settings: Settings) -> Finding:
     "Python is new enough."
     good = sys.version_info >= (3, 11)
@@ -151,7 +151,7 @@ def _threads(settings: Settings) -> Finding:
         "" if good else "set MUR_THREADS=1",
     )
 
-
+# %% ../../nbs/11_cli/04_doctor.ipynb #31ee4f74
 def _wandb(settings: Settings) -> Finding:
     "Where W&B runs go."
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")

@@ -120,7 +120,7 @@ def fleet_server(
     environment |= {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
     _become(find_prefect(prefect), ["server", "start", "--host", host, "--port", str(port)], environment)
 
-
+# %% ../../nbs/11_cli/08_fleet.ipynb #809f1b2e
 def _run_sweeper(python: str, server: str, *words: str) -> None:
     "Run a worker of Prefect, and end it in order."
     from make_us_rich.schedule.fleet import engine_environment

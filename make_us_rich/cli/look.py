@@ -118,7 +118,7 @@ def _compute(named: "list[Series]", interval: str | None) -> "list[Forecast]":
     loader, client = ModelLoader(models), BinanceClient(settings.exchange_url)
     return [forecast_pair(s, loader, candles, client) for s in wanted]
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #afcefd8e
 def _ask_api(url: str, token: str | None, named: "list[Series]", interval: str | None) -> "list[Forecast]":
     "The same from a service."
     from make_us_rich.api.client import Client
@@ -186,7 +186,7 @@ def pair_argument(series: "Series") -> str:
     "A series as it is typed."
     return str(series.pair) if str(series.interval) == "1h" else str(series)
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #8cc2c702
 def _models_table(store: "ModelStore", series: "Series") -> Table:
     "All versions of a series."
     table = Table(
@@ -265,7 +265,7 @@ def _fetch(series: "Series", settings: Settings) -> int:
         return e.exit_code
     return 0
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #9d07fa03
 @app.command(
     epilog="Examples: [bold]mkrich replay[/] | [bold]mkrich replay --file my.csv --pair ETH_USDT --speed 3600[/]"
 )

@@ -97,7 +97,7 @@ def _common(
 ) -> None:
     "Options of every command."
 
-
+# %% ../../nbs/11_cli/01_output.ipynb #49dca91c
 def main(args: list[str] | None = None) -> None:
     "Run `mkrich`; every error ends in one sentence on the standard error and the exit code of its kind."
     args = list(sys.argv[1:] if args is None else args)

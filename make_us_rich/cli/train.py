@@ -73,7 +73,7 @@ def train_one(
         say(f"mkrich: {e}")
         return e.exit_code
 
-
+# %% ../../nbs/11_cli/02_train.ipynb #93a201ad
 def train_and_tell(
     series: "Series", recipe: "Recipe", settings: Settings, feed: "tuple[Series, ...]" = ()
 ) -> "Outcome":

@@ -318,7 +318,7 @@ def finetune(
         forecaster, data.split, history, time.perf_counter() - clock, time.process_time() - cpu, best, recipe
     )
 
-
+# %% ../../nbs/03_models/09_pooled.ipynb #d6b6a5e1
 def _refuse_late(pooled: Pooled, start: pd.Timestamp, interval: Interval) -> None:
     "TrainingError if the network is for other candles, or has seen the test span."
     if pooled.interval != interval:

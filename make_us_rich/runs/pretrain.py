@@ -129,7 +129,7 @@ def open_pool(
         Path(place.result_path or settings.home / "result.json"),
     )
 
-
+# %% ../../nbs/08_runs/07_pretrain.ipynb #95c98b44
 _Stored = tuple[pd.DataFrame, Provenance]
 
 
@@ -303,7 +303,7 @@ def publish_pool(
     track_publication(tracked, result, model, scores.table, verdict, publication)
     return publication
 
-
+# %% ../../nbs/08_runs/07_pretrain.ipynb #78f71a05
 def _candidate_of(
     run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict
 ) -> Candidate:

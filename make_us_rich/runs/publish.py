@@ -139,7 +139,7 @@ def _golden_forecast(candidate: Candidate) -> Golden:
     quantiles, scale = open_graph(candidate.model).run(None, given)
     return Golden.of(candles, times, quantiles[0], float(scale[0]))
 
-
+# %% ../../nbs/08_runs/06_publish.ipynb #de0071f0
 def publish_run(models: ModelStore, candidate: Candidate, reason: str = "passed the gate") -> tuple[str, str]:
     "Publish and promote: the version, and the store's sentence if the pointer stays where it is."
     published = models.publish(make_manifest(candidate), candidate.model)
@@ -285,7 +285,7 @@ def _needs_fallback(run: Run) -> str:
         return ""
     return f"{run.series.name} has a champion already, `{pointer.version}`."
 
-
+# %% ../../nbs/08_runs/06_publish.ipynb #013bcdd8
 def publish_fallback(run: Run) -> Fallback:
     "If the series has no champion: fit HAR-t, judge it, publish and promote it. Comes before the network is judged."
     if why := _needs_fallback(run):

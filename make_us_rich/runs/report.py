@@ -191,7 +191,7 @@ def open_run(
         note,
     )
 
-
+# %% ../../nbs/08_runs/05_report.ipynb #e67a2659
 def stored_series(candles_dir: Path, like: Series) -> list[Series]:
     "The series of this interval whose candles are stored."
     paths = candles_dir.glob(f"*/{like.interval}.parquet")
