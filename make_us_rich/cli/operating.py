@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from ..core.settings import get_settings, system_clock
-from .output import IntervalOption, app, new_console, parse_overrides, say, series_list
+from .output import Assignments, IntervalOption, app, new_console, parse_overrides, say, series_list
 from .train import open_run_ledger, train_one
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ def schedule(
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever, run_once, schedule_table
 
     settings = get_settings()
-    plan = (
-        read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml")
-    )
-    work = Schedule(
-        settings, plan, Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url)
-    )
+    named = "\n".join(f"- {pair}" for pair in pairs or [])
+    plan = read_plan(named) if named else PlanFile(file or settings.home / "pairs.yaml")
+    options = Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url)
+    work = Schedule(settings, plan, options)
     console = new_console()
     if once:
         states = run_once(work)
@@ -76,10 +74,7 @@ def pretrain(
             metavar="[PAIR...]",
         ),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
-    ] = None,
+    assignments: Assignments = None,
     interval: IntervalOption = None,
 ) -> None:
     "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it."
