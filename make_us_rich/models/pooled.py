@@ -306,7 +306,7 @@ def _account(
         steps = recipe.epochs * recipe.steps_per_epoch
         first, last = (_loss(recipe, network, module.val_dataloader()) for network in (old, new))
         known = {"member": member, "train_loss": train_loss}
-        rows += [known | {"step": 0, "valid_loss": first}, known | {"step": steps, "valid_loss": last}]
+        rows += [{"step": step, **known, "valid_loss": loss} for step, loss in ((0, first), (steps, last))]
         test = _loss(recipe, new, module.test_dataloader())
         best.append({"member": member, "step": steps, "valid_loss": last, "test_loss": test})
     return pd.DataFrame(rows), best
