@@ -38,6 +38,7 @@ from make_us_rich.cli.output import (
     say,
     series_list,
     show_progress,
+    subject,
     worst_code,
 )
 from .train import train_and_tell
@@ -158,24 +159,15 @@ def models(
     from make_us_rich.market.series import Series
     from make_us_rich.registry.store import ModelStore
 
-    store, named = ModelStore(get_settings().store_url), Series.parse(pair, interval) if pair else None
-    chosen = only_interval(store.series(), interval)
-    if named is not None:
-        of_pair = [series for series in chosen if series.pair == named.pair]
-        chosen = [series for series in of_pair if series == named] if _names_interval(pair) else of_pair
+    store, wanted = ModelStore(get_settings().store_url), subject(pair, interval)
+    chosen = [s for s in only_interval(store.series(), interval) if wanted in (None, s, s.pair)]
     if not chosen:
+        named = Series.parse(pair, interval) if pair else None
         what = f"model of {named.name}" if named else "model"
         remedy = f"mkrich train {pair_argument(named)}" if named else "mkrich train BTC_USDT"
         raise ForecastUnavailable(f"no {what} is published yet; train one with `{remedy}`", "no_model")
     for series in chosen:
         new_console().print(_models_table(store, series), "")
-
-
-def _names_interval(pair: str | None) -> bool:
-    "Whether a pair is written with its interval."
-    from make_us_rich.market.series import MINUTES
-
-    return (pair or "").rpartition("/")[2] in MINUTES
 
 
 def pair_argument(series: "Series") -> str:

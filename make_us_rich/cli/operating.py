@@ -7,17 +7,23 @@ __all__ = ['alerts_app', 'schedule', 'pretrain', 'runs', 'alerts_test', 'sync_wa
 
 # %% ../../nbs/11_cli/06_operating.ipynb #e30578aa
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from ..core.settings import get_settings, system_clock
-from .output import Assignments, IntervalOption, app, new_console, parse_overrides, say, series_list
+from make_us_rich.cli.output import (
+    Assignments,
+    IntervalOption,
+    app,
+    new_console,
+    parse_overrides,
+    say,
+    series_list,
+    subject,
+)
 from .train import open_run_ledger, train_one
-
-if TYPE_CHECKING:
-    from make_us_rich.market.series import Pair, Series
 
 # %% ../../nbs/11_cli/06_operating.ipynb #f9ae1753
 @app.command(
@@ -118,17 +124,7 @@ def runs(
         new_console().print(run_card(ledger.find(show)))
     else:
         after = None if since is None else system_clock() - pd.Timedelta(hours=since)
-        new_console().print(runs_table(ledger.rows(_wanted(pair, interval), state, after, limit)))
-
-
-def _wanted(pair: str, interval: str | None) -> "Series | Pair | None":
-    "A series, or a pair with all its intervals, or all."
-    from make_us_rich.market.series import MINUTES, Series
-
-    if not pair:
-        return None
-    series = Series.parse(pair, interval)
-    return series if interval or pair.rpartition("/")[2] in MINUTES else series.pair
+        new_console().print(runs_table(ledger.rows(subject(pair, interval), state, after, limit)))
 
 # %% ../../nbs/11_cli/06_operating.ipynb #cd870249
 alerts_app = typer.Typer(help="Alerts: where they go, and whether they arrive.", no_args_is_help=True)

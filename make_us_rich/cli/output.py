@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES_HELP', 'app', 'SEVERITY', 'Pairs', 'OnePair', 'SomePairs', 'IntervalOption', 'Assignments', 'new_console',
            'say', 'new_table', 'show_progress', 'installed_version', 'main', 'sentence_of', 'worst_code',
-           'parse_overrides', 'series_list', 'only_interval', 'report_path']
+           'parse_overrides', 'series_list', 'only_interval', 'subject', 'report_path']
 
 # %% ../../nbs/11_cli/01_output.ipynb #e6adbef8
 import os
@@ -25,7 +25,7 @@ from rich.table import Table
 from ..core.settings import MakeUsRichError, SettingsError
 
 if TYPE_CHECKING:
-    from make_us_rich.market.series import Series
+    from make_us_rich.market.series import Pair, Series
     from make_us_rich.runs.run import Outcome
 
 # %% ../../nbs/11_cli/01_output.ipynb #3cf43885
@@ -185,6 +185,16 @@ def only_interval(found: "Iterable[Series]", interval: str | None) -> "list[Seri
 
     step = Interval.parse(interval) if interval else None
     return sorted(series for series in found if step is None or series.interval == step)
+
+
+def subject(pair: str | None, interval: str | None) -> "Series | Pair | None":
+    "A series, or a pair with all its intervals, or (nothing named) all."
+    from make_us_rich.market.series import MINUTES, Series
+
+    if not pair:
+        return None
+    series = Series.parse(pair, interval)
+    return series if interval or pair.rpartition("/")[2] in MINUTES else series.pair
 
 # %% ../../nbs/11_cli/01_output.ipynb #cd8ed9d5
 def report_path(outcome: "Outcome") -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, Settings, get_settings, utc_iso
+from ..core.words import rows_markdown
 from ..market.series import Interval, Pair, Series
 from make_us_rich.market.candles import (
     SAMPLE_LABEL,
@@ -245,8 +246,8 @@ class Markdown:
 
 def recipe_table(run: Run) -> Markdown:
     "Name and value of each number of the recipe."
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in run.recipe.model_dump().items())
-    return Markdown(f"| recipe | |\n|---|---|\n{rows}")
+    numbers = {name.replace("_", " "): str(value) for name, value in run.recipe.model_dump().items()}
+    return Markdown(rows_markdown("recipe", numbers))
 
 # %% ../../nbs/08_runs/05_report.ipynb #cc2c7425
 @dataclass(frozen=True)
