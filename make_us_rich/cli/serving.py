@@ -196,11 +196,7 @@ def revoke(number: Annotated[int, typer.Argument(help="Number of the token, see 
 # %% ../../nbs/11_cli/05_serving.ipynb #1f1b8afe
 def _recorded(ledger: "Ledger", pairs: list[str] | None, interval: str | None) -> "list[Series]":
     "The series that were named, or all that are on record."
-    from make_us_rich.market.series import MINUTES, Series
-
-    steps = [interval] if interval else list(MINUTES)
-    found = {Series.parse(row.pair, step) for step in steps for row in ledger.rows(None, step, limit=10_000)}
-    wanted = series_list(pairs, interval) or only_interval(found, interval)
+    wanted = series_list(pairs, interval) or only_interval(ledger.series(), interval)
     if not wanted:
         remedy = "they are written down while `mkrich serve` runs"
         raise ForecastUnavailable(f"no forecast is on record yet; {remedy}", "no_record")
@@ -222,7 +218,7 @@ def record(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     "How the forecasts that were served turned out, pair by pair."
     ledger = _open_ledger()
     for series in _recorded(ledger, pairs, interval):
-        new_console().print(ledger.track_record(series.pair, interval=series.interval), "")
+        new_console().print(ledger.track_record(series), "")
 
 
 @app.command(epilog="Examples: [bold]mkrich verify[/] | [bold]mkrich verify BTC_USDT BTC_USDT/4h[/]")
@@ -234,4 +230,4 @@ def verify(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     settings, ledger = get_settings(), _open_ledger()
     store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
     for series in _recorded(ledger, pairs, interval):
-        new_console().print(ledger.verify(series.pair, store, candles, series.interval))
+        new_console().print(ledger.verify(series, store, candles))

@@ -9,11 +9,19 @@ __all__ = ['Bundle', 'VersionInfo']
 import re
 from dataclasses import dataclass, field
 
-import obstore as obs
 import pandas as pd
 
 from ..core.settings import StoreError
-from ..core.storage import MODEL_LIMIT, TEXT_LIMIT, Objects, create, put_sound, replace, try_conditions
+from make_us_rich.core.storage import (
+    MODEL_LIMIT,
+    TEXT_LIMIT,
+    Objects,
+    create,
+    list_objects,
+    put_sound,
+    replace,
+    try_conditions,
+)
 from ..market.series import Series
 from .manifest import Manifest, open_manifest, seal_manifest, sha256
 
@@ -139,8 +147,7 @@ UNUSABLE = (
 # %% ../../nbs/05_registry/02_versions.ipynb #11e1fc28
 def list_versions(objects: Objects, folder: str, champion: str = "") -> list[VersionInfo]:
     "All version folders, newest cut-off first; manifests are checked by their seal, models by their size."
-    with objects._told("listed"):
-        found = {x["path"].removeprefix(f"{folder}/"): x for x in obs.list(objects.store, folder).collect()}
+    found = {x["path"].removeprefix(f"{folder}/"): x for x in list_objects(objects, folder)}
     infos = []
     names = {key.partition("/")[0] for key in found}
     for version in sorted((n for n in names if re.fullmatch(VERSION, n, re.ASCII)), reverse=True):

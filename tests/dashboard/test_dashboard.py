@@ -376,7 +376,7 @@ def test_what_a_viewer_cannot_do(browser, local, stage):
     "No files, no code, nobody else's process, no entrance without the secret."
     assert httpx.get(local.url, trust_env=False).status_code == 302  # to the log-in form
     assert httpx.get(f"{local.url}?token=wrong", trust_env=False).status_code == 302
-    with httpx.Client(trust_env=False, follow_redirects=True) as http:
+    with httpx.Client(trust_env=False, follow_redirects=True, timeout=LONG) as http:
         page = http.get(local.address).text
         for path in (
             "voila/files/dashboard.ipynb",

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 import uvicorn
 from servers import free_port
@@ -31,7 +30,7 @@ from make_us_rich.market.series import Interval, Pair, Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.serving.forecast import Forecast
 from make_us_rich.serving.ledger import ledger_row
-from make_us_rich.serving.refresh import Answer, PairState
+from make_us_rich.serving.refresh import SeriesState
 from make_us_rich.serving.service import Service
 
 HOUR = pd.Timedelta("1h")
@@ -120,7 +119,7 @@ class Stage:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.settings.port}"
 
-    def state(self, pair: str = "BTC_USDT") -> PairState:
+    def state(self, pair: str = "BTC_USDT") -> SeriesState:
         return self.service.states[Series.parse(pair)]
 
     def forecast(self, pair: str = "BTC_USDT") -> Forecast:
@@ -128,7 +127,7 @@ class Stage:
 
     def show(self, forecast: Forecast) -> None:
         "Answer with this from now on, and tell who listens."
-        self.state(forecast.pair).answer = Answer.of(forecast, self.now)
+        self.state(forecast.pair).answering.show(forecast, self.now)
         self.service.events.send("forecast", self.now, forecast.pair, "1h")
 
     def change(self, pair: str = "BTC_USDT", **facts: Any) -> None:
@@ -217,12 +216,12 @@ def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.
     ]
     with session(service.engine) as s:
         s.add_all([ForecastRow(**line) for line in lines])
-    service.ledger.settle(pair, "1h", frame)
+    service.ledger.settle(pair, frame)
     base, quote = pair.split("_")
-    state = PairState(Series(Pair(base, quote), Interval("1h")), answer=Answer.of(answers[-1], now))
-    state.model = SimpleNamespace(manifest=SimpleNamespace(version=VERSION, cutoff=now))
-    state.record = service.ledger.track_record(pair)
-    state.record_body = orjson.dumps(state.record.to_dict())
+    state = SeriesState(Series(Pair(base, quote), Interval("1h")))
+    state.answering.show(answers[-1], now)
+    state.choice.model = SimpleNamespace(manifest=SimpleNamespace(version=VERSION, cutoff=now))
+    state.settling.count(service.ledger)
     service.states[Series.parse(pair)] = state
 
 

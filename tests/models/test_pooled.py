@@ -17,7 +17,8 @@ from make_us_rich.core.settings import StoreError, TrainingError, get_settings
 from make_us_rich.market.candles import VALUE_COLUMNS, fake_candles
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import POOLED, Interval, Series
-from make_us_rich.models.export import convert_model, open_session, validate_model
+from make_us_rich.models.export import convert_model, validate_model
+from make_us_rich.models.graph import open_session
 from make_us_rich.models.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
