@@ -201,6 +201,25 @@ def test_a_morning(browser, local, stage):
         one.page.keyboard.press("Escape")
 
 
+def test_a_home_with_models_of_four_hours_only(browser, tmp_path):
+    "Its page shows the forecast of the next candle, and how earlier ones turned out."
+    stage = make_stage(tmp_path / "store", hours=100, interval="4h")
+    stage.up()
+    try:
+        with page_server(stage, local=True, viewers=2, idle=5) as running:
+            PLACES[running.url] = 2
+            with viewer(browser, running) as seen:
+                seen.says("In 8 of 10 such candles of 4 hours the close lies in this range")
+                text = seen.text()
+                low, high = stage.service.answer("BTC_USDT/4h").forecast.range(80)
+                assert f"{low:,.2f}" in text and f"{high:,.2f}" in text
+                assert "BTC / USDT 4h" in text and "no forecast" not in text.lower()
+                seen.tab("Track record")
+    finally:
+        stage.down()
+        stage.engine.dispose()
+
+
 def test_phone(browser, local):
     "Nothing sticks out, and what may be pressed has a name."
     with viewer(browser, local, width=420, color_scheme="light") as phone:
