@@ -133,6 +133,7 @@ def test_warm_start_tells_the_same_truth(settings, tmp_path, request):
     assert start(settings).state == "published"
 
 
+@pytest.mark.usefixtures("warm")
 def test_cell_raises(settings):  # F30
     outcome = start(settings, "1 / 0")
     assert (outcome.exit_class, outcome.cell) == ("cell_error", "cell 4 of 5: Act")
