@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from forks import run_server, warm  # noqa: F401
 from waiting import LONG, gone, wait_for
-from warm import fork_server, warm  # noqa: F401
 
 from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import SettingsError, get_settings

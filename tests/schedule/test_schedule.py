@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from forks import run_server, warm  # noqa: F401
 from servers import database_url, postgresql  # noqa: F401
 from waiting import LONG, gone, wait_for
-from warm import fork_server, warm  # noqa: F401
 
 from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
