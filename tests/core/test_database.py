@@ -370,7 +370,7 @@ def test_a_password_is_in_no_message_and_no_log(postgresql, caplog):  # noqa: F8
         "postgresql://mur:canary@127.0.0.1:9/mur": "unreachable",
         "postgresql://mur:canary@nowhere.invalid/mur?sslpassword=canary": "unreachable",
     }.items():
-        engine = connect(url, wait=0.5)
+        engine = connect(url, wait=LONG)
         with pytest.raises(StoreError) as caught:
             migrate(engine)
         logging.getLogger("make_us_rich").error("not started", exc_info=caught.value)
@@ -389,7 +389,7 @@ def test_a_password_is_in_no_message_and_no_log(postgresql, caplog):  # noqa: F8
 
 def test_a_server_that_dies_and_comes_back(tmp_path):
     with postgresql_server() as server:
-        engine = connect(server.new_database(), wait=1)
+        engine = connect(server.new_database(), wait=LONG)
         migrate(engine)
         add_user(engine)
         with psycopg.connect(server.url(), autocommit=True) as admin:  # a restart, as seen from the pool
