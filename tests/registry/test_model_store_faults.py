@@ -34,7 +34,7 @@ from make_us_rich.registry.manifest import DataSpan, Golden, Manifest, open_mani
 from make_us_rich.registry.store import ModelStore
 
 PAIR, START = "BTC_USDT", pd.Timestamp("2023-01-01", tz="UTC")
-KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "60"))
+KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "20"))
 CRASH_POINTS = 20  # at least so many moments before and after calls that touch the disk has one publication
 GRAPH = bytes(range(256)) * 400  # 100 kB: to a store a graph is bytes
 
