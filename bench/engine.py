@@ -28,7 +28,7 @@ from make_us_rich.models.pooled import Pooled, finetune, pretrain
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
 from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.served_model import OnnxModel, open_session
+from make_us_rich.registry.served_model import OnnxModel, open_graph
 from make_us_rich.registry.store import ModelStore
 
 SERIES = "BTCUSDT-1h.parquet"
@@ -59,7 +59,7 @@ def feature_rate(rows: int, passes: int) -> tuple[float, float]:
 
 def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
     "The bytes as a version in a store, loaded as the product loads it."
-    session, store = open_session(model), ModelStore("memory://")
+    session, store = open_graph(model), ModelStore("memory://")
     window = int(session.get_inputs()[0].shape[1])
     candles, times = (
         frame[VALUE_COLUMNS].to_numpy("float64")[-window:],
@@ -101,7 +101,7 @@ def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
 
 def forecast_times(frame: pd.DataFrame, model: bytes, rounds: int, calls: int = 500) -> tuple[np.ndarray, np.ndarray]:
     "Milliseconds [rounds, calls] of a forecast by the product and of a bare session run, taking turns."
-    product, bare, spent = published(frame, model), open_session(model), np.empty((2, rounds, calls))
+    product, bare, spent = published(frame, model), open_graph(model), np.empty((2, rounds, calls))
     values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
     one, window = np.ones(1), product.window
     ways: tuple[Callable[[np.ndarray, np.ndarray], object], ...] = (

@@ -23,7 +23,7 @@ from make_us_rich.models.export import convert_model
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
 from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.served_model import open_session
+from make_us_rich.registry.served_model import open_graph
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving.ledger import load_record
 from make_us_rich.serving.service import Service
@@ -61,7 +61,7 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
     begun = time.process_time()
     recipe = load_recipe("default", **options)
     model = convert_model(training_loop(known, recipe, progress=False).forecaster)
-    session = open_session(model)
+    session = open_graph(model)
     window = int(session.get_inputs()[0].shape[1])
     tail = known.tail(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()

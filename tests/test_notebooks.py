@@ -151,7 +151,7 @@ def test_a_room_that_has_no_floor_is_found(planted):
         ("def _f():\n    return 1", "function without a docstring"),
         ("class F:\n    def g(self):\n        return 1", "function without a docstring"),
         (f"x = '{'x' * 120}'", "line over 120"),
-        ("\n".join(["x = 1"] * 401), "module over 400 lines"),
+        ("\n".join(["x = 1", ""] * 201), "module over 400 lines"),  # blank lines count: `wc -l`
     ],
 )
 def test_a_dense_cell_is_found(planted, line, rule):
@@ -166,6 +166,21 @@ def test_the_gate_counts_what_is_too_dense(planted, monkeypatch):
     assert check.too_dense() == []
     plant(planted, "market/series.py", "a, b, c = 1, 2, 3")
     assert any("against the rule 'packed assignment'" in p for p in check.too_dense())
+
+
+def test_a_name_with_two_meanings_is_found(planted, monkeypatch):
+    plant(planted, "runs/run.py", "def find_gaps():\n    'Of a run.'")
+    monkeypatch.setattr(check, "TWO_MEANINGS", 0)
+    problems = check.two_meanings()
+    assert "find_gaps: market.candles, runs.run" in problems
+    assert not any(p.startswith(("HarT:", "train:")) for p in problems)  # the face and the commands say them on purpose
+
+
+def test_the_ceiling_of_names_is_kept(planted):
+    assert check.two_meanings() == []
+    for module in ("core/processes.py", "core/secrets.py"):
+        plant(planted, module, "\n\n".join(f"class Same{i}:\n    'Twice.'" for i in range(16)))
+    assert len(check.two_meanings()) > 16
 
 
 def test_a_ceiling_that_could_be_lower_is_found(planted, monkeypatch):

@@ -30,7 +30,6 @@ from uvicorn.supervisors import Multiprocess
 from ..core.settings import Clock, Settings, SettingsError, Ticks, get_settings, system_clock
 from ..core.storage import write_atomic
 from ..core.database import connect, migrate, session
-from ..serving.events import Subscription
 from ..serving.service import Service
 from . import forecasts, models, pages, people, runs, status, stream
 from .logs import configure_logging
@@ -42,16 +41,16 @@ from .routing import Api, build_app, is_loopback, series_named
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     "What surrounds the calls: before the first the service starts, after the last it ends."
     api: Api = app.state.api
-    service, streams = api.service, api.streams
-    streams.loop = asyncio.get_running_loop()
-    _first_at_signals(streams.close)
-    reader = service.subscribe(wake=lambda: _pass_on(reader, api))
+    service, loop = api.service, asyncio.get_running_loop()
+    service.events.open()  # the same application may have been stopped before
+    _first_at_signals(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(service.events.close))
+    measuring = asyncio.create_task(_measure(api))
     threading.Thread(target=_work, args=(service,), name="service", daemon=True).start()
     try:
         yield
     finally:
-        service.events.unsubscribe(reader)
-        streams.close()
+        service.events.close()
+        await measuring
         await _end(service)
 
 
@@ -68,18 +67,18 @@ async def _end(service: Service) -> None:
     await asyncio.to_thread(ending.join, 2)
 
 
-def _pass_on(reader: Subscription, api: Api) -> None:
-    "Hand the service's events to the readers of the stream; a forecast is measured as well."
-    while event := reader.get(0):
-        api.streams.publish(event)
-        if event.kind == "forecast":
-            series = series_named(event.pair, event.interval)
-            state = api.states.get(series)
-            if state and state.model:
-                api.metrics.inference.labels(series.name).observe(state.model.seconds)
+async def _measure(api: Api) -> None:
+    "Measure each forecast that is told, until the service tells nothing any more."
+    reader = api.service.events.subscribe(room=10_000)  # all pairs may be told at once
+    while event := await reader.wait():
+        series = series_named(event.pair, event.interval) if event.kind == "forecast" else None
+        state = api.states.get(series) if series else None
+        if series and state and state.model:
+            api.metrics.inference.labels(series.name).observe(state.model.seconds)
+    api.service.events.unsubscribe(reader)
 
 
-def _first_at_signals(deed: Callable[[], None]) -> None:
+def _first_at_signals(deed: Callable[[], object]) -> None:
     "Do this before whatever SIGTERM and SIGINT do by now."
     if threading.current_thread() is not threading.main_thread():
         return

@@ -37,7 +37,6 @@ from .logs import REQUEST_ID, Metrics
 from .accounts import Limiter
 from .access import ACCESS, Access, Authenticator, Caller
 from .limits import RequestLimits
-from .readers import Streams
 
 # %% ../../nbs/07_api/07_routing.ipynb #1d48a395
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -150,10 +149,11 @@ class Api:
     settings: Settings
     clock: Clock
     authenticator: Authenticator
-    streams: Streams
     metrics: Metrics
     logins: Limiter = field(default_factory=Limiter)
     ticks: Ticks = time.monotonic
+    heartbeat: float = 10.0  # seconds between two signs of life of a stream
+    longest: float = 3600.0  # seconds that a stream lasts
     ages: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
@@ -305,8 +305,7 @@ def build_app(
 ) -> FastAPI:
     "An application of the routes declared so far; `most` requests are answered at once, `clock` tells a call's month."
     authenticator = Authenticator(engine, clock, settings.monthly_calls, ticks)
-    streams = Streams(heartbeat=heartbeat, ticks=ticks)
-    api = Api(service, engine, settings, clock, authenticator, streams, Metrics(), Limiter(clock=ticks), ticks)
+    api = Api(service, engine, settings, clock, authenticator, Metrics(), Limiter(clock=ticks), ticks, heartbeat)
     app = FastAPI(
         title="Make Us Rich",
         version=make_us_rich.__version__,

@@ -42,8 +42,6 @@ SERVING = (
     "uvicorn",
     "typer",
 )
-
-
 TRAINING = ("torch", "pytorch-lightning", "onnx", "papermill", "ipykernel", "scipy", "wandb", "matplotlib")
 
 

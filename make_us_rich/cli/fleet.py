@@ -26,18 +26,12 @@ from .output import app, new_console, say
 
 # %% ../../nbs/11_cli/08_fleet.ipynb #908b7e87
 SERVER = "http://127.0.0.1:4200/api"
-
-
 ServerOption = Annotated[
     str, typer.Option(envvar="PREFECT_API_URL", help="URL of the API of the Prefect server.", metavar="URL")
 ]
-
-
 PrefectOption = Annotated[
     Path | None, typer.Option("--prefect", help="Folder of Prefect's environment. Default: .venv-prefect.")
 ]
-
-
 PoolOption = Annotated[str, typer.Option(help="Name of the work pool.")]
 
 

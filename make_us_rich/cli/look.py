@@ -24,6 +24,7 @@ from make_us_rich.core.settings import (
     get_settings,
     utc_iso,
 )
+from ..core.words import price_text
 from make_us_rich.cli.output import (
     IntervalOption,
     OnePair,
@@ -350,8 +351,7 @@ def _came(shown: "Forecast", came: Any) -> str:
     "What the forecast's hour then did, if that is known."
     if shown.status != "ok" or not len(came):
         return ""
-    from make_us_rich.serving.forecast import format_price
 
     low, high = shown.range(80)
     inside = "inside" if low <= came.iloc[0] <= high else "outside"
-    return f"\nThat hour then closed at {format_price(came.iloc[0])}, {inside} the 80 % range."
+    return f"\nThat hour then closed at {price_text(came.iloc[0])}, {inside} the 80 % range."

@@ -28,8 +28,6 @@ CandleFile = Annotated[
         "--file", help="Parquet or CSV file of candles instead of the stored ones.", exists=True, dir_okay=False
     ),
 ]
-
-
 SampleFlag = Annotated[
     bool, typer.Option("--sample", help="The embedded historical sample instead of the stored candles.")
 ]
@@ -118,8 +116,8 @@ def _page(notebook: Path, settings: Settings) -> Path:
 # %% ../../nbs/11_cli/07_research.ipynb #8957cf6b
 def _walk(values: dict[str, Any], folder: Path, settings: Settings) -> "tuple[Any, Path, Execution]":
     "The backtest, its report notebook, and how the execution of that ended."
-    from make_us_rich.evaluation.backtest import backtest as walk
-    from make_us_rich.evaluation.backtest import backtest_candles, backtest_pool
+    from make_us_rich.evaluation.backtest import backtest, backtest_candles, backtest_pool
+    from make_us_rich.evaluation.walk import Walk
     from make_us_rich.runs.run import find_notebook
     from make_us_rich.runs.runner import run_notebook
 
@@ -128,18 +126,8 @@ def _walk(values: dict[str, Any], folder: Path, settings: Settings) -> "tuple[An
     frame = backtest_candles(pair, interval, **source)
     with _bar(f"{pair} backtest") as show:
         pool = backtest_pool(models, frame, pair, interval, **source)
-        report = walk(
-            frame,
-            models,
-            values["since"],
-            values["until"],
-            values["refit_every"],
-            interval,
-            values["out"],
-            show,
-            pair=pair,
-            pool=pool,
-        )
+        walk = Walk(values["since"], values["until"], values["refit_every"])
+        report = backtest(frame, models, walk, interval, out=values["out"], progress=show, pair=pair, pool=pool)
         notebook = _report_path(folder, report.issued, list(report.forecasts))
         blocks = len(report.forecasts) * len(report.blocks)
         show(blocks, blocks, "writing the report")

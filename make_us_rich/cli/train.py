@@ -78,13 +78,13 @@ def train_and_tell(
     series: "Series", recipe: "Recipe", settings: Settings, feed: "tuple[Series, ...]" = ()
 ) -> "Outcome":
     "One training with its progress, its outcome and its page."
-    from make_us_rich.runs.evidence import keep_page, warm_up
+    from make_us_rich.runs.evidence import keep_page, warm_page_libraries
     from make_us_rich.runs.execution import TrainOptions
     from make_us_rich.runs.train import train as train_series
 
     with show_progress(series.name) as show:
         show("fetching candles")
-        warm_up()
+        warm_page_libraries()
         options = TrainOptions(again=True, tell=show, feed=feed)
         ledger = open_run_ledger(settings)
         outcome = train_series(series, recipe, settings=settings, ledger=ledger, options=options)

@@ -24,7 +24,7 @@ from sqlalchemy.exc import StatementError, TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from .settings import MakeUsRichError, SettingsError, StoreError, log
-from .tables import Base
+from .tables import TableBase
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -200,14 +200,12 @@ def session(engine: Engine) -> Iterator[Session]:
         yield opened
 
 # %% ../../nbs/01_core/06_database.ipynb #81489c20
-def insert_into(opened: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
+def insert_into(opened: Session, table: type[TableBase]) -> sqlite.Insert | postgresql.Insert:
     "INSERT for this session's database, with `.on_conflict_do_nothing()` and `.on_conflict_do_update()`."
     return sqlite.insert(table) if opened.get_bind().dialect.name == "sqlite" else postgresql.insert(table)
 
 # %% ../../nbs/01_core/06_database.ipynb #ece6b274
 MIGRATION_WAIT = 60  # seconds that one process waits for the migration of another one
-
-
 MIGRATION_LOCK = 7_309_453  # any number that no other program uses
 
 

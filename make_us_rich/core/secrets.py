@@ -23,8 +23,6 @@ SECRET_FORMS: dict[str, re.Pattern[str]] = {
     ),
     "a private key": re.compile(r"(-----BEGIN )[A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*-----|[\s\S]*)"),
 }
-
-
 LOGIN = re.compile(
     r"(?i)(\bbearer\s+|\bpassword[\"']?\s*[:=]\s*)[^\s,}]+"
 )  # also a word about logging in, so it proves nothing
@@ -36,8 +34,6 @@ def forms_in(text: str) -> set[str]:
 
 # %% ../../nbs/01_core/02_secrets.ipynb #dc23d5ad
 SECRET_NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_ID)?$|^MUR_(DATABASE_URL|ALERT_URLS|HEARTBEAT_URL)$")
-
-
 SHORTEST = 8  # a shorter value is found everywhere by chance
 
 

@@ -148,8 +148,6 @@ def put_sound(objects: Objects, key: str, data: bytes) -> None:
 
 
 MODEL_LIMIT = 64 << 20  # bytes; our models have less than one hundredth of it
-
-
 TEXT_LIMIT = 1 << 20
 
 # %% ../../nbs/01_core/04_storage.ipynb #586d606b

@@ -8,9 +8,10 @@ __all__ = ['BADGES', 'STATES', 'LOG', 'ladder', 'forecast_card', 'series_card', 
            'health_table', 'runs_table', 'version_line']
 
 # %% ../../nbs/10_dashboard/05_cards.ipynb #008a9959
+from ..core.words import cutoff_text, price_text
 from ..api.client import Plain
 from .state import PageState
-from .words import cutoff, minutes_between, noun, price_text, render, series_name, series_of, span
+from .templates import minutes_between, noun, render, series_name, series_of, span
 
 # %% ../../nbs/10_dashboard/05_cards.ipynb #8efcd125
 def ladder(forecast: Plain) -> Plain:
@@ -37,7 +38,7 @@ def _ages(forecast: Plain, now: str) -> Plain:
     return {
         "data_age": minutes_between(as_of, now) if as_of and now else forecast.get("data_age_minutes"),
         "model_age": None if model is None else model * 60,
-        "trained": cutoff(forecast.get("model_version") or ""),
+        "trained": cutoff_text(forecast.get("model_version") or ""),
         "left": minutes_between(now, target) if now and target else None,
     }
 

@@ -10,8 +10,9 @@ __all__ = ['COLOURS', 'DARK', 'AHEAD', 'candle_ms', 'past_traces', 'fan_traces',
 import math
 from typing import Any
 
+from ..core.words import decimals, price_text
 from ..api.client import Plain
-from .words import decimals, interval_minutes, ms, noun, price_text, span
+from .templates import interval_minutes, ms, noun, span
 
 # %% ../../nbs/10_dashboard/03_figures.ipynb #fcbdffdb
 COLOURS = {

@@ -18,7 +18,7 @@ from .people import AccountView, AdminView
 from .state import PageState, banner, spawn
 from .views import ForecastView, RecordView
 from .widgets import Live, attempt, make_box, make_html, make_picker
-from .words import render
+from .templates import render
 
 # %% ../../nbs/10_dashboard/09_page.ipynb #d61dcd3f
 def connection(state: PageState, me: Plain) -> tuple[str, str]:

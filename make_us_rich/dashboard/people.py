@@ -25,7 +25,7 @@ from make_us_rich.dashboard.cards import (
 )
 from .state import PageState, spawn
 from .widgets import attempt, make_box, make_button, make_field, make_html, make_panel
-from .words import render
+from .templates import render
 
 # %% ../../nbs/10_dashboard/08_people.ipynb #12034bf7
 KEPT_LOGINS = 10

@@ -34,7 +34,7 @@ from ..core.kernels import ForkServer, launch_from
 from ..api.client import Plain
 from .state import spawn
 from .widgets import FILES
-from .words import minutes_between
+from .templates import minutes_between
 
 if TYPE_CHECKING:
     from make_us_rich.core.settings import Settings

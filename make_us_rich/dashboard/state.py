@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ..api.client import Plain, PlainClient, ApiError
-from .words import interval_minutes, minutes_between, render, series_name, series_of
+from .templates import interval_minutes, minutes_between, render, series_name, series_of
 
 # %% ../../nbs/10_dashboard/04_state.ipynb #6a7faf0f
 SLOW = 2.5  # seconds after which a viewer is told that the API takes long

@@ -25,7 +25,7 @@ from make_us_rich.dashboard.widgets import (
     make_panel,
     make_picker,
 )
-from .words import noun, render, series_of
+from .templates import noun, render, series_of
 
 # %% ../../nbs/10_dashboard/07_views.ipynb #5f92c0fb
 class ForecastView(W.Box):

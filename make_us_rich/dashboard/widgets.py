@@ -25,7 +25,7 @@ from ..api.client import Plain, ApiError
 from .cards import LOG, series_card
 from .figures import AHEAD, COLOURS
 from .state import PageState, spawn
-from .words import noun, render
+from .templates import noun, render
 
 # %% ../../nbs/10_dashboard/06_widgets.ipynb #764b6a41
 FILES = Path(str(files("make_us_rich.dashboard"))) / "template"

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['BacktestReport', 'backtest', 'skill_table', 'against', 'duels', 'coverage_by_volatility', 'coverage_by_week',
-           'plot_coverage_by_week', 'plot_pit', 'skill_over_time', 'plot_skill_over_time', 'sign_value', 'findings',
-           'backtest_candles', 'backtest_pool']
+           'skill_over_time', 'sign_value', 'findings', 'backtest_candles', 'backtest_pool']
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #5f178179
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,13 +29,13 @@ from make_us_rich.market.candles import (
 from ..market.candle_store import CandleStore
 from ..models.baselines import MEDIAN, RANGES, Base
 from ..models.har import candle_variance, decayed_mean
-from .scores import Scores, coverage, crps, dm_test, evaluate, hit_rate, pit_counts
+from .scores import Scores, coverage, crps, dm_test, evaluate, hit_rate
 from .calibration import online_width, widen
-from .plots import new_figure, set_title, twenty_bins
 from make_us_rich.evaluation.walk import (
     POOLED_NAMES,
     Block,
     Pool,
+    Walk,
     block_path,
     contenders,
     forecast_block,
@@ -44,9 +43,6 @@ from make_us_rich.evaluation.walk import (
     plan_blocks,
     read_block,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #635a0852
 @dataclass(frozen=True)
@@ -91,28 +87,26 @@ class BacktestReport:
 def backtest(
     frame: pd.DataFrame,
     models: Sequence[str] | Mapping[str, Any],
-    since: str | pd.Timestamp = "",
-    until: str | pd.Timestamp | None = None,
-    refit_every: str = "7D",
+    walk: Walk | None = None,
     interval: str | Interval = "1h",
+    *,
     out: Path | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    *,
-    history: int = 8760,
     pair: str = "",
     pool: Pool | None = None,
 ) -> BacktestReport:
-    "Walk over checked candles: refit every `refit_every`, forecast each hour from what was known; resumable in `out`."
+    "Walk over checked candles: refit, forecast each hour from what was known, refit; resumable in `out`."
     step, asked = Interval.parse(interval), contenders(models, interval, pool)
-    blocks = plan_blocks(frame, since, until, refit_every, step)
+    walk = walk or Walk()
+    blocks = plan_blocks(frame, walk, step)
     found: dict[str, list[np.ndarray]] = {contender.name: [] for contender in asked}
     for done, (contender, block) in enumerate((contender, block) for contender in asked for block in blocks):
         if progress:
             progress(done, len(asked) * len(blocks), f"{contender.name}, {block.start:%Y-%m-%d}")
-        path = block_path(Path(out), contender, frame, block, history) if out else None
+        path = block_path(Path(out), contender, frame, block, walk.history) if out else None
         Q = read_block(path, frame, block) if path else None
         if Q is None:
-            Q = forecast_block(contender, frame, block, history)
+            Q = forecast_block(contender, frame, block, walk.history)
             if path:
                 keep_block(path, frame, block, Q)
         found[contender.name].append(Q)
@@ -211,67 +205,6 @@ def coverage_by_week(report: BacktestReport, percent: int = 80) -> pd.DataFrame:
     table = pd.DataFrame(inside)[whole].groupby(weeks[whole]).mean()
     return table.set_axis(report.issued.groupby(weeks).first()[: len(table)].dt.date, axis=0).rename_axis("week of")
 
-# %% ../../nbs/04_evaluation/08_backtest.ipynb #c5b91c1d
-_FIRST_SIX = ("#1f5fbf", "#e08a1e", "#2e8b57", "#8a4fbf", "#c8374b", "#0f9aa8")
-_COLOURS = (*_FIRST_SIX, "#7a5c3e", "#b0468f", "#5f7f1f", "#444444", "#a08020", "#3f6fa0")
-
-
-def plot_coverage_by_week(report: BacktestReport, percent: int = 80) -> "Figure":
-    "Weekly coverage of each model as served, and of the base, around the promise."
-    table, n = coverage_by_week(report, percent), max(1, round(pd.Timedelta("7D") / report.interval.delta))
-    chance = 196 * np.sqrt(percent / 100 * (1 - percent / 100) / n)
-    figure, ax = new_figure(height=3.0)
-    ax.axhspan(percent - chance, min(100, percent + chance), color="#6b7280", alpha=0.15, label="chance (95 %)")
-    ax.axhline(percent, color="black", linewidth=0.8)
-    for i, name in enumerate(table):
-        style = (
-            {"color": "#6b7280", "linestyle": "--"} if name == "base" else {"color": _COLOURS[(i - 1) % len(_COLOURS)]}
-        )
-        ax.plot(range(len(table)), 100 * table[name], marker="o", markersize=3.5, linewidth=1.2, label=name, **style)
-    marks = range(0, len(table), max(1, len(table) // 8))
-    ax.set_xticks(marks, [f"{table.index[i]:%d %b}" for i in marks])
-    ax.set_ylabel(f"hours inside the {percent} % range, %", fontsize=9)
-    ax.legend(fontsize=8, frameon=False, ncols=4)
-    off = (100 * table.drop(columns="base") - percent).abs().max()
-    base = (100 * table["base"] - percent).abs().max()
-    worst = f"{off.idxmin()}'s worst week is off by {off.min():.1f} points, the base's by {base:.1f}"
-    set_title(ax, report.pair, worst if len(table) else "not one whole week yet")
-    return figure
-
-# %% ../../nbs/04_evaluation/08_backtest.ipynb #299e3e44
-def plot_pit(report: BacktestReport) -> "Figure":
-    "One PIT histogram per model as served, in 20 equal bins, with the band of chance."
-    import matplotlib.pyplot as plt
-
-    names = list(report.served)
-    across = min(3, len(names))
-    figure, axes = plt.subplots(
-        -(-len(names) // across),
-        across,
-        figsize=(7.2, 0.7 + 1.8 * -(-len(names) // across)),
-        layout="constrained",
-        dpi=100,
-        sharey=True,
-        squeeze=False,
-    )
-    plt.close(figure)
-    n = len(report.y)
-    chance = 1.96 * np.sqrt(0.05 * 0.95 / n) * 20
-    for ax in axes.flat[len(names) :]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names, strict=False):
-        counts = pit_counts(report.y, report.served[name])
-        bins = twenty_bins(counts) / n * 20
-        ax.axhspan(1 - chance, 1 + chance, color="#6b7280", alpha=0.18)
-        ax.bar(np.arange(20) * 5 + 2.5, bins, width=4.4, color="#1f5fbf", alpha=0.75)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8, length=0)
-        set_title(ax, "", f"{name}: {(np.abs(bins - 1) > chance).sum()} of 20 off")
-    figure.supxlabel("quantile where the close fell, %", fontsize=9)
-    figure.supylabel("1 = as promised", fontsize=9)
-    return figure
-
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #c3caa4b4
 def skill_over_time(report: BacktestReport) -> pd.DataFrame:
     "Cumulated CRPS gain over the base, in hours of its mean loss; `chance` is the half-width of the 95 % cone."
@@ -283,39 +216,6 @@ def skill_over_time(report: BacktestReport) -> pd.DataFrame:
         widths.append(abs(gain.mean() / t) * np.sqrt(n) if t else 0.0)  # standard deviation of one hour, long-run
     table = pd.DataFrame({name: gain.cumsum() for name, gain in gains.items()}, index=report.issued.to_numpy())
     return table.assign(chance=1.96 * max(widths) * np.sqrt(np.arange(1, n + 1)))
-
-
-def plot_skill_over_time(report: BacktestReport) -> "Figure":
-    "The lines of `skill_over_time` and the cone of chance."
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-    table = skill_over_time(report)
-    figure, ax = new_figure(height=3.2)
-    ax.fill_between(
-        table.index,
-        -table["chance"],
-        table["chance"],
-        color="#6b7280",
-        alpha=0.15,
-        linewidth=0,
-        label="no skill (95 %)",
-    )
-    ax.axhline(0, color="black", linewidth=0.8)
-    for i, name in enumerate(report.forecasts):
-        ax.plot(table.index, table[name], color=_COLOURS[i % len(_COLOURS)], linewidth=1.2, label=name)
-    locator = AutoDateLocator(maxticks=8)
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    ax.set_ylabel("gain over the base,\nhours of its loss", fontsize=9)
-    ax.legend(fontsize=8, frameon=False, ncols=4, loc="upper left")
-    last = table.drop(columns="chance").iloc[-1]
-    proved = "outside" if last.max() > table["chance"].iloc[-1] else "inside"
-    set_title(
-        ax,
-        report.pair,
-        f"{last.idxmax()} gained {last.max():.0f} of {len(table)} hours' loss, {proved} the cone of chance",
-    )
-    return figure
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #ced5956c
 def sign_value(report: BacktestReport, fee: float = 10.0) -> pd.DataFrame:

@@ -22,8 +22,6 @@ from ..models.baselines import LEVELS, MEDIAN, RANGES, Base, Naive
 
 # %% ../../nbs/04_evaluation/01_scores.ipynb #507b1cee
 LEVEL_ARRAY = np.array(LEVELS)
-
-
 _EVEN = slice(1, 20)  # the 19 levels .05 ... .95
 
 

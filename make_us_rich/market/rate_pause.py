@@ -19,7 +19,7 @@ from ..core.settings import Clock, ExchangeError, log, system_clock, utc_iso
 from ..core.storage import write_atomic
 from .clock import RunningClock
 from .exchange import BinanceClient
-from .candle_store import Progress
+from .candles import Progress
 
 # %% ../../nbs/02_market/07_rate_pause.ipynb #be027965
 class RatePause:
@@ -61,8 +61,6 @@ REFUSALS = {
     429: ("gets too many requests from here (HTTP 429)", 60.0),
     418: ("has banned this address for a while (HTTP 418)", 120.0),
 }
-
-
 WEIGHT_A_MINUTE = 6000  # Binance's limit for one address
 
 

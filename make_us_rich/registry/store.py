@@ -75,8 +75,6 @@ def remove_leftovers(folder: Path, before: pd.Timestamp) -> list[str]:
 
 # %% ../../nbs/05_registry/04_store.ipynb #5e16d014
 PAGE = "run.html"
-
-
 PAGE_LIMIT = 16 << 20
 
 

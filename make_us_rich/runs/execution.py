@@ -24,7 +24,7 @@ from ..models.recipe import Recipe
 from ..registry.store import ModelReader, ModelStore
 from .run import Outcome, RunId, check_parameters, find_notebook, identify, stored_series
 from .runner import Execution, run_notebook
-from .ledger import PAUSE
+from .ledger import RETRY_PAUSE
 
 # %% ../../nbs/08_runs/08_execution.ipynb #8cd3a6a9
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainOptions:
     feed: tuple[Series, ...] = ()  # brought up to date for a pooled run; empty: all that are stored
     now: pd.Timestamp | None = None  # exchange time; the exchange is asked if it is not known
     locked: bool = False  # the caller holds the lock of the series
-    pause: float = PAUSE  # seconds before the first retry
+    pause: float = RETRY_PAUSE  # seconds before the first retry
     tell: Callable[[str], None] = log.info  # how it goes on
     notebook: Path | None = None
     parameters: dict[str, Any] = field(default_factory=dict)

@@ -38,12 +38,12 @@ from make_us_rich.models.pooled import (
 )
 from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
-from ..evaluation.checks import Check, Verdict
+from ..evaluation.checks import Check, Verdict, make_check
 from ..evaluation.gate import LIMITS, PARITY_RULE
 from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
-from .report import SAMPLE_URL, Markdown, Run, RunPlace, check_candles, open_market
+from .report import SAMPLE_URL, Markdown, Run, RunPlace, refuse_bad_candles, open_market
 from .report import read_recipe
 from .run import identify, stored_series
 from .publish import Candidate, Publication, Tracked, publish_run, track_publication, write_result
@@ -139,7 +139,7 @@ def _read(store: CandleStore, series: Series, cutoff: str, history_days: int) ->
     rows = int(pd.Timedelta(days=history_days) / step.delta) or None
     frame = store.read(series, rows=rows, end=pd.Timestamp(cutoff) - step.delta if cutoff else None)
     book = store.info(series)
-    check_candles(series, book)
+    refuse_bad_candles(series, book)
     return frame, book
 
 
@@ -255,51 +255,26 @@ def judge_pool(scores: PoolScores, parity: float) -> Verdict:
     whole, each = scores.table.iloc[0], scores.table.iloc[1:]
     n = len(scores.hours)
     t, better = float(whole["dm_t"]), float((each["crps/base"] < 1).mean())
+    hours, pairs = f"{n} hours of {len(each)} pairs were scored", f"it is better for {better:.0%} of the pairs"
+    ratio = f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}"
     checks = [
-        _check(
-            "enough_hours",
-            n >= LIMITS.hours,
-            n,
-            f"at least {LIMITS.hours} scored hours",
-            f"{n} hours of {len(each)} pairs were scored",
-        ),
-        _check(
-            "beats_base",
-            t < -LIMITS.t,
-            t,
-            f"one-sided DM t < -{LIMITS.t} on CRPS",
-            f"the CRPS is {whole['crps/base']:.3f} of the base's, t = {t:.2f}",
-        ),
-        _check(
-            "most_pairs",
-            better >= 0.75,
-            better,
-            "better than the base for 75 % of the pairs",
-            f"it is better for {better:.0%} of the pairs",
-        ),
+        _check("enough_hours", n >= LIMITS.hours, n, f"at least {LIMITS.hours} scored hours", hours),
+        _check("beats_base", t < -LIMITS.t, t, f"one-sided DM t < -{LIMITS.t} on CRPS", ratio),
+        _check("most_pairs", better >= 0.75, better, "better than the base for 75 % of the pairs", pairs),
     ]
     for percent, (low, high) in LIMITS.coverage.items():
         share, rule = float(whole[f"cov{percent}"]), f"{low:.1%} to {high:.1%} inside the {percent} % range"
-        checks.append(
-            _check(
-                f"coverage_{percent}",
-                low <= share <= high,
-                share,
-                rule,
-                f"the {percent} % range held {share:.1%} of the hours",
-            )
-        )
-    return Verdict(
-        [*checks, _check("onnx_parity", parity <= LIMITS.parity, parity, PARITY_RULE, f"they differ by {parity:.1g}")]
-    )
+        held = f"the {percent} % range held {share:.1%} of the hours"
+        checks.append(_check(f"coverage_{percent}", low <= share <= high, share, rule, held))
+    exact = _check("onnx_parity", parity <= LIMITS.parity, parity, PARITY_RULE, f"they differ by {parity:.1g}")
+    return Verdict([*checks, exact])
 
 
 def _check(name: str, passed: bool, value: float, rule: str, found: str) -> Check:
     "A check whose sentence tells, if it failed, the rule and what to do."
-    sentence = f"{found[0].upper()}{found[1:]}" + (
-        "." if passed else f", the rule is: {rule}; keep the champion, and pool more or longer histories."
-    )
-    return Check(name, bool(passed), float(value), rule, sentence)
+    found = f"{found[0].upper()}{found[1:]}"
+    remedy = "keep the champion, and pool more or longer histories"
+    return make_check(name, passed, value, rule, f"{found}.", f"{found}, the rule is: {rule}; {remedy}.")
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #8735830e
 def pool_metadata(run: PoolRun, result: PretrainResult) -> dict[str, str]:

@@ -40,7 +40,7 @@ from ..evaluation.gate import gate
 from ..registry.manifest import DataSpan, Golden, Manifest
 from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
-from ..registry.served_model import graph_returns, open_session
+from ..registry.served_model import graph_returns, open_graph
 from ..registry.rejudge import champion_returns
 from .report import Markdown, Run, TestSpan, rows_to_test, window_of_result
 
@@ -136,7 +136,7 @@ def _golden_forecast(candidate: Candidate) -> Golden:
     tail = candidate.frame.tail(candidate.window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
     given = {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
-    quantiles, scale = open_session(candidate.model).run(None, given)
+    quantiles, scale = open_graph(candidate.model).run(None, given)
     return Golden.of(candles, times, quantiles[0], float(scale[0]))
 
 
@@ -327,7 +327,7 @@ def _told_but_passed(verdict: Verdict) -> Verdict:
 # %% ../../nbs/08_runs/06_publish.ipynb #6735e617
 def _walk_graph(run: Run, model: bytes, har: HarT, rows: np.ndarray) -> tuple[np.ndarray, float, Any]:
     "Q [n, 21] of the graph, its distance from `har`, and the function that forecasts."
-    session = open_session(model)
+    session = open_graph(model)
 
     def predict(candles: np.ndarray, open_time: np.ndarray) -> Any:
         "What the graph says, without a width of its own."

@@ -29,9 +29,9 @@ from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
 from ..market.mirror import CandleMirror
 from ..runs.run import identify
-from ..runs.ledger import PAUSE, RunLedger
+from ..runs.ledger import RETRY_PAUSE, RunLedger
 from ..runs.lost import close_lost
-from .plan import MINUTES_AFTER_CLOSE, Entry, Plan, is_due, recipe_name
+from .plan import MINUTES_AFTER_CLOSE, Entry, Plan, why_due, recipe_name
 from .workers import ORDERS
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #e2871b78
@@ -46,7 +46,7 @@ def fleet_run(
         shared = [Series.parse(each) for each in feed] if entry.series.pair == POOLED else [entry.series]
         now, mirror = _pull_candles(shared, settings)
         order: dict[str, Any] = {"entry": entry.model_dump(), "feed": feed, "now": now, "locked": True}
-        order |= {"notebook": "", "runner": "", "pause": PAUSE} | rehearsal
+        order |= {"notebook": "", "runner": "", "pause": RETRY_PAUSE} | rehearsal
         outcome = ORDERS["train"](order, settings)["outcome"]
         for series in shared if mirror else []:
             if mirror.store.path(series).exists():
@@ -91,7 +91,7 @@ def missing_runs(plan: Plan, ledger: RunLedger, settings: Settings, now: pd.Time
     wanted = []
     for key, entry in plan.all_entries.items():
         newest = ledger.newest(entry.series, recipe_name(entry.recipe))
-        if why := is_due(entry, newest, now, ledger.clock()):
+        if why := why_due(entry, newest, now, ledger.clock()):
             run = identify(entry.series, entry.series.interval.floor(now), entry.load_recipe())
             tries = newest.attempts if newest is not None and newest.run_id == run.text else 0
             wanted.append(Wanted(key, run.text, tries + 1, why))
@@ -137,8 +137,6 @@ def _feed(plan: Plan, entry: Entry) -> list[str]:
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #595f4f19
 ENGINE = Path(str(files("make_us_rich.schedule"))) / "engine"
-
-
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINUTES_AFTER_CLOSE', 'PRETRAIN_CRON', 'TIDY_CRON', 'Entry', 'recipe_name', 'read_cron', 'next_due', 'Plan',
-           'read_plan', 'PlanFile', 'ExchangeTrigger', 'is_due', 'how_often']
+           'read_plan', 'PlanFile', 'ExchangeTrigger', 'why_due', 'how_often']
 
 # %% ../../nbs/09_schedule/01_plan.ipynb #05850227
 import difflib
@@ -31,11 +31,7 @@ from ..runs.ledger import retry_pause
 
 # %% ../../nbs/09_schedule/01_plan.ipynb #0fadb643
 MINUTES_AFTER_CLOSE = 2.0
-
-
 PRETRAIN_CRON = "30 3 * * sun"
-
-
 TIDY_CRON = "40 4 * * *"
 
 
@@ -236,7 +232,7 @@ class ExchangeTrigger(BaseTrigger):
         return self.clock.here(self.following(self.clock.now()))
 
 # %% ../../nbs/09_schedule/01_plan.ipynb #2032c923
-def is_due(entry: Entry, newest: RunRow | None, now: pd.Timestamp, here: pd.Timestamp) -> str:
+def why_due(entry: Entry, newest: RunRow | None, now: pd.Timestamp, here: pd.Timestamp) -> str:
     "Why a run of this entry is missing at exchange time `now`; empty if none is. `here`: this machine's time."
     if newest is None:
         return "it never ran"

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEATHS', 'Watch', 'Options', 'EntryState', 'record_answer', 'Schedule', 'make_order', 'catch_up', 'set_moments',
-           'look_around', 'watched_entries', 'find_problems', 'start', 'check_addresses', 'read_addresses', 'take_lock',
-           'stop', 'run_once', 'schedule_table', 'run_forever']
+           'look_around', 'watched_entries', 'find_problems', 'start', 'take_lock', 'stop', 'run_once',
+           'schedule_table', 'run_forever']
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #1dd2c869
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,7 +23,6 @@ from rich.table import Table
 from ..core.settings import Settings, SettingsError, StoreError, log, system_clock, utc_iso
 from ..core.tables import RunRow
 from ..core.database import connect, session
-from ..core.processes import start_with_parent
 from ..market.series import POOLED
 from ..market.clock import ExchangeTime
 from ..runs.ledger import RunLedger
@@ -36,12 +33,12 @@ from make_us_rich.schedule.plan import (
     Plan,
     PlanFile,
     how_often,
-    is_due,
+    why_due,
     next_due,
     recipe_name,
 )
-from .alerts import Alerts, Condition, Watched, database_conditions, exchange_away
-from .alerts import low_disk, open_services, send_heartbeat
+from .alerts import Alerts, Condition, check_addresses, send_heartbeat
+from .rules import Watched, database_conditions, exchange_away, low_disk
 from .workers import WorkerPool
 
 # %% ../../nbs/09_schedule/04_schedule.ipynb #86af7631
@@ -238,7 +235,7 @@ def catch_up(schedule: Schedule) -> None:
         except StoreError as e:
             log.warning("%s", e)
             newest = None
-        if newest is None or is_due(entry, newest, now, here):
+        if newest is None or why_due(entry, newest, now, here):
             schedule.consider(key)
         elif newest.retry_at is not None:
             schedule.try_later(key, (newest.retry_at - here).total_seconds())
@@ -307,25 +304,6 @@ def start(schedule: Schedule) -> None:
     set_moments(schedule)
     schedule.jobs.add_job(look_around, "interval", seconds=schedule.options.tick, args=[schedule], id="look")
     schedule.jobs.start()
-
-
-def check_addresses(urls: str) -> None:
-    "Refuse alert addresses that apprise cannot read, before a night passes in silence."
-    if not urls.strip():
-        return
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with start_with_parent(read_addresses, **pipes) as process:  # of its own, which keeps this one small
-        _, said = process.communicate(urls, timeout=120)
-    if process.returncode:
-        raise SettingsError(said.strip().splitlines()[-1] if said.strip() else "MUR_ALERT_URLS cannot be read")
-
-
-def read_addresses() -> None:
-    "Program of a process: try the addresses on the standard input; the sentence about a wrong one is the last line."
-    try:
-        open_services(sys.stdin.read())
-    except SettingsError as e:
-        sys.exit(str(e))
 
 
 def take_lock(schedule: Schedule) -> None:

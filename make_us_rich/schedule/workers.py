@@ -50,14 +50,14 @@ def handle_order(order: dict[str, Any]) -> dict[str, Any]:
 
 def _train(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     "One recorded run of an entry, with its page; `retry_in`: seconds until the ledger wants another try."
-    from make_us_rich.runs.evidence import keep_page, warm_up
+    from make_us_rich.runs.evidence import keep_page, warm_page_libraries
     from make_us_rich.runs.ledger import RunLedger
     from make_us_rich.runs.runner import start_warm
     from make_us_rich.runs.execution import execute_newest
     from make_us_rich.runs.train import train
 
     entry, ledger = Entry(**order["entry"]), RunLedger(connect(settings.db_url))
-    warm_up()
+    warm_page_libraries()
     if not order["runner"]:
         start_warm()
     run = function_at(order["runner"]) if order["runner"] else execute_newest

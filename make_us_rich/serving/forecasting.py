@@ -21,6 +21,7 @@ from make_us_rich.core.settings import (
     system_clock,
     utc_iso,
 )
+from ..core.words import age_text, minute_text, price_text
 from ..market.series import Interval, Series
 from ..market.candles import SAMPLE_LABEL, VALUE_COLUMNS, Gap, find_gaps
 from ..market.exchange import BinanceClient
@@ -30,14 +31,7 @@ from ..evaluation.calibration import online_width
 from ..registry.versions import as_arguments
 from ..registry.store import ModelStore, serving_champion
 from ..registry.served_model import ROLL_BACK, OnnxModel, graph_returns
-from make_us_rich.serving.forecast import (
-    Forecast,
-    age_text,
-    format_price,
-    minute_text,
-    reliability_text,
-    rise_probability,
-)
+from .forecast import Forecast, reliability_text, rise_probability
 
 # %% ../../nbs/06_serving/02_forecasting.ipynb #a2f7f5eb
 class ModelLoader:
@@ -160,9 +154,9 @@ def _answer(model: OnnxModel, frame: pd.DataFrame, series: Series, facts: dict[s
         sentence = f"the model of {series.name} gave prices that are not finite, sorted and positive; {ROLL_BACK}"
         return abstention(series, "model_output_invalid", sentence, **facts)
     as_of, last = pd.Timestamp(facts["as_of"]), facts["last_close"]
-    low, high = (format_price(quantiles[i], last) for i in RANGES[80])
+    low, high = (price_text(quantiles[i], last) for i in RANGES[80])
     until = minute_text(utc_iso(as_of + step.delta))[11:]
-    found = f"between {low} and {high} with 80 % probability, after {format_price(last)}"
+    found = f"between {low} and {high} with 80 % probability, after {price_text(last)}"
     return Forecast(
         pair=str(series.pair),
         interval=str(step),

@@ -18,10 +18,11 @@ from sqlalchemy.engine import Engine
 from ..core.settings import CandleError, StoreError, utc_iso
 from ..core.tables import ForecastRow
 from ..core.database import insert_into, session
+from ..core.words import cutoff_text, price_text
 from ..market.series import Interval, Pair
 from ..models.baselines import LEVELS, MEDIAN, RANGES, Base
 from ..evaluation.scores import crps
-from .forecast import Forecast, format_price
+from .forecast import Forecast
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #cfe180ff
 def ledger_row(forecast: Forecast, base_quantiles: list[float] | None, issued_at: pd.Timestamp) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def issued_forecast(
 def as_forecast(row: ForecastRow, now: pd.Timestamp, reliability: str = "") -> Forecast:
     "The forecast of a row with status `ok`, as shown at `now`."
     prices, last = row.quantiles or [], row.last_close or math.nan
-    low, high = (format_price(prices[i], last) for i in RANGES[80])
-    found = f"between {low} and {high} with 80 % probability, after {format_price(last)}"
+    low, high = (price_text(prices[i], last) for i in RANGES[80])
+    found = f"between {low} and {high} with 80 % probability, after {price_text(last)}"
     minutes = (now - row.as_of) / pd.Timedelta("1min")
     return Forecast(
         pair=row.pair,
@@ -102,7 +103,7 @@ def as_forecast(row: ForecastRow, now: pd.Timestamp, reliability: str = "") -> F
 
 def cutoff_of(version: str) -> pd.Timestamp:
     "Cut-off of a version, from its name."
-    return pd.to_datetime(version[:16], format="%Y%m%dT%H%M%SZ", utc=True)
+    return pd.Timestamp(cutoff_text(version))
 
 # %% ../../nbs/06_serving/03_ledger.ipynb #a2604ced
 def score_row(row: ForecastRow, actual: float) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from ..market.clock import RunningClock
 from ..market.rate_pause import Market, RatePause
 from ..registry.store import ModelStore, served_series
 from .verify import Ledger
-from .events import Subscription
 from .refresh import LONG_AGO, Answer, PairState, Parts, look_for_model, refresh
 
 # %% ../../nbs/06_serving/10_service.ipynb #52e85d22
@@ -146,10 +145,6 @@ class Service:
         "The track record of a pair, or of all pairs (None), as JSON."
         return record_of_all(self, interval) if pair is None else record_of_pair(self, pair, interval)
 
-    def subscribe(self, size: int = 100, wake: Callable[[], object] | None = None) -> Subscription:
-        "Events from now on."
-        return self.events.subscribe(size, wake)
-
     def update_models(self) -> int:
         "Look for new champions now, not at the next poll; how many models serve."
         self._poll_due = self._list_due = LONG_AGO
@@ -167,8 +162,9 @@ class Service:
             self.tick()
 
     def stop(self) -> None:
-        "Let `run_forever` return, and close the database."
+        "Let `run_forever` return, end what readers wait for, and close the database."
         self._stop.set()
+        self.events.close()
         with self._turn:
             self.engine.dispose()
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import utc_iso
+from ..core.words import minute_text, rows_markdown
 from ..market.series import Interval
 from ..models.baselines import RANGES
 from ..evaluation.scores import HitRate, dm_test, hit_rate
@@ -269,11 +270,7 @@ def record_rows(record: TrackRecord) -> dict[str, str]:
         "record": f"{r.pair} {r.interval}" + (f", version {r.version}" if r.version else ""),
         "badge": r.badge.colour,
     }
-    rows["hours"] = (
-        f"{r.first[:16].replace('T', ' ')} to {r.last[:16].replace('T', ' ')}: {', '.join(counts)}"
-        if r.first
-        else "none"
-    )
+    rows["hours"] = f"{minute_text(r.first)} to {minute_text(r.last)}: {', '.join(counts)}" if r.first else "none"
     if r.crps_base is not None and r.mae_naive is not None:
         rows["CRPS / base"] = f"{r.crps_base:.4f}, t = {r.crps_t:+.1f}"
         rows["MAE / last close"] = f"{r.mae_naive:.4f}, t = {r.mae_t:+.1f}"
@@ -283,13 +280,13 @@ def record_rows(record: TrackRecord) -> dict[str, str]:
         )
     rows |= {f"inside {k} %": f"{share_text(v.share)} of {v.n}" for k, v in r.coverage.items() if v.n}
     if r.holes:
-        rows["nobody answered"] = "; ".join(f"{h['hours']} h from {h['from'][:16].replace('T', ' ')}" for h in r.holes)
+        rows["nobody answered"] = "; ".join(f"{h['hours']} h from {minute_text(h['from'])}" for h in r.holes)
     return rows | {f"rule: {check.name}": check.sentence for check in r.badge.checks}
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #c0e883a3
 def _record_markdown(record: TrackRecord) -> str:
     "The rows as a table in a notebook."
-    return "\n".join(["| track record | |", "|---|---|", *(f"| {k} | {v} |" for k, v in record_rows(record).items())])
+    return rows_markdown("track record", record_rows(record))
 
 
 def _record_table(record: TrackRecord) -> object:

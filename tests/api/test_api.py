@@ -23,14 +23,14 @@ from make_us_rich.api.app import create_app
 from make_us_rich.api.client import Client
 from make_us_rich.api.examples import NOW, PASSWORD, a_forecast, add_people
 from make_us_rich.api.limits import STREAM
-from make_us_rich.api.readers import Streams
+from make_us_rich.api.stream import read_news
 from make_us_rich.core.database import connect, migrate, session
 from make_us_rich.core.settings import SettingsError, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import Series
 from make_us_rich.registry.store import ModelStore
-from make_us_rich.serving.events import Event
+from make_us_rich.serving.events import Events
 from make_us_rich.serving.forecast import Forecast
 
 
@@ -333,22 +333,20 @@ def test_a_busy_service_says_so(tmp_path):  # F77
 
 
 async def a_stream():
-    streams, welcome = Streams(heartbeat=0.01), [True]
+    events, welcome = Events(), [True]
+    reader = events.subscribe()
 
     async def still_welcome():
         return welcome[0]
 
-    with streams.place() as place:
-        reader = streams.read(place, still_welcome)
-        assert [(await anext(reader)).retry, (await anext(reader)).comment] == [5000, "still here"]
-        streams.publish(Event(1, "forecast", "2023-11-23T19:00:00Z", "BTC_USDT", "1h", {"x": 1}))
-        while not (news := await anext(reader)).event:
-            pass
-        assert (news.event, news.id, json.loads(news.raw_data)["data"]) == ("forecast", "1", {"x": 1})
-        welcome[0] = False  # its token is revoked
-        assert [news async for news in reader] == []
-        assert len(streams.places) == 1
-    assert streams.places == set()
+    heard = read_news(reader, still_welcome, heartbeat=0.01)
+    assert [(await anext(heard)).retry, (await anext(heard)).comment] == [5000, "still here"]
+    events.send("forecast", NOW, "BTC_USDT", "1h", {"x": 1})
+    while not (news := await anext(heard)).event:
+        pass
+    assert (news.event, news.id, json.loads(news.raw_data)["data"]) == ("forecast", "1", {"x": 1})
+    welcome[0] = False  # its token is revoked
+    assert [news async for news in heard] == []
 
 
 def test_a_stream_from_hello_to_the_end():
@@ -358,18 +356,37 @@ def test_a_stream_from_hello_to_the_end():
 def test_a_stream_lasts_an_hour():
     async def hear():
         ticks = [0.0]
-        streams = Streams(heartbeat=0.01, ticks=lambda: ticks[0])
 
         async def still_welcome():
             return True
 
-        with streams.place() as place:
-            reader = streams.read(place, still_welcome)
-            heard = [await anext(reader) for _ in range(3)]
-            ticks[0] = 3600.0
-            return len(heard), [news async for news in reader]
+        heard = read_news(Events().subscribe(), still_welcome, heartbeat=0.01, ticks=lambda: ticks[0])
+        first = [await anext(heard) for _ in range(3)]
+        ticks[0] = 3600.0
+        return len(first), [news async for news in heard]
 
     assert asyncio.run(asyncio.wait_for(hear(), 60)) == (3, [])
+
+
+def test_one_fan_out_of_news(world):
+    "A thread beside the API and a caller on the line are readers of the same events, which end for both."
+    events = world.service.events
+    inside, heard = events.subscribe(), []
+
+    def tell():
+        wait_for(lambda: len(events.readers) == 2, what="the caller")
+        events.send("model", NOW, "BTC_USDT", "1h")
+        wait_for(lambda: not events.readers[1].waiting, what="the caller to read")
+        heard.append(inside.get(0))
+        events.close()
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    lines = world.client().get(STREAM).text.splitlines()
+    teller.join()
+    assert f"id: {heard[0].id}" in lines and "event: model" in lines
+    assert inside.over and inside.get() is None
+    assert events.readers == (inside,)
 
 
 @pytest.mark.parametrize("client", ["leaves", "takes nothing"])
@@ -384,7 +401,7 @@ def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
         "query_string": b"",
         "headers": headers,
     }
-    places, taken = world.app.state.api.streams.places, []
+    events, taken = world.service.events, []
 
     async def call():
         gone, never = asyncio.Event(), asyncio.Event()
@@ -395,7 +412,7 @@ def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
 
         async def send(message):
             if message["type"] == "http.response.body":
-                taken.append(len(places))
+                taken.append(len(events.readers))
                 gone.set() if client == "leaves" else await never.wait()
 
         await world.app(scope, receive, send)
@@ -406,11 +423,12 @@ def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
         with pytest.raises(ExceptionGroup) as told:
             asyncio.run(asyncio.wait_for(call(), 60))
         assert told.group_contains(TimeoutError)
-    assert taken[0] == 1 and places == set()
+    assert taken[0] == 1 and events.readers == ()
 
 
 def test_streams_are_bounded(world):
-    world.app.state.api.streams.places = {asyncio.Queue() for _ in range(200)}
+    for _ in range(world.service.events.most):
+        world.service.events.subscribe()
     answer = world.client().get(STREAM)
     assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]) == (503, "60", "busy")
     assert world.used() == 0

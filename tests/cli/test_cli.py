@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles, load_sample
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
 from make_us_rich.runs.run import Outcome
 
 MKRICH = str(Path(sys.executable).parent / "mkrich")

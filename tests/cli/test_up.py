@@ -21,7 +21,7 @@ from servers import free_port
 from tiny_model import publish
 from waiting import LONG, wait_for
 
-from make_us_rich.cli.up import DEMO_PLAN, DEMO_START
+from make_us_rich.cli.parts import DEMO_PLAN, DEMO_START
 from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
 from make_us_rich.registry.store import ModelStore

@@ -23,7 +23,7 @@ from waiting import LONG
 from make_us_rich.core import database
 from make_us_rich.core.database import alembic_config, connect, insert_into, migrate, ping, session
 from make_us_rich.core.settings import StoreError
-from make_us_rich.core.tables import Base, Demotion, ForecastRow, Token, Usage, User
+from make_us_rich.core.tables import Demotion, ForecastRow, TableBase, Token, Usage, User
 
 NOON = pd.Timestamp("2026-11-23T12:00:00.000001Z")
 forks = preloading(database.__name__, "alembic.command", "psycopg")
@@ -60,7 +60,7 @@ def sentence_of(act, reason):
 def test_migrations_lead_to_the_tables_of_the_classes_and_back_to_nothing(database_url):  # noqa: F811
     engine = connect(database_url)
     assert migrate(engine) == migrate(engine) == ping(engine)
-    assert set(inspect(engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+    assert set(inspect(engine).get_table_names()) == {*TableBase.metadata.tables, "alembic_version"}
     with engine.connect() as connection:
         command.check(alembic_config(connection))
     with engine.begin() as connection:

@@ -17,11 +17,12 @@ from waiting import LONG, wait_for
 from make_us_rich.cli.main import app
 from make_us_rich.core.settings import CandleError, SettingsError, TrainingError
 from make_us_rich.evaluation import backtest as module
-from make_us_rich.evaluation.backtest import backtest, findings, plot_pit, sign_value, skill_table
+from make_us_rich.evaluation.backtest import backtest, findings, sign_value, skill_table
+from make_us_rich.evaluation.backtest_plots import plot_pit
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.leaktest import leaktest
 from make_us_rich.evaluation.peers import PEERS
-from make_us_rich.evaluation.walk import COLUMNS, Pool, contenders, plan_blocks
+from make_us_rich.evaluation.walk import QUANTILE_COLUMNS, Pool, Walk, contenders, plan_blocks
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles, next_returns, scorable_rows
 from make_us_rich.market.exchange import BinanceClient
@@ -37,9 +38,9 @@ MARKET = fake_candles(2200, seed=23)
 
 def test_no_forecast_knows_a_later_candle():
     "The forecasts of a walk are the same when everything after an hour is cut off, for every hour that was probed."
-    whole = backtest(MARKET, ["HAR-t", "EWMA-range"], since=MARKET.timestamp[1500], refit_every="5D")
+    whole = backtest(MARKET, ["HAR-t", "EWMA-range"], Walk(MARKET.timestamp[1500], refit_every="5D"))
     for t in (1600, 1777, 2000):
-        cut = backtest(MARKET.iloc[: t + 2], ["HAR-t", "EWMA-range"], since=MARKET.timestamp[1500], refit_every="5D")
+        cut = backtest(MARKET.iloc[: t + 2], ["HAR-t", "EWMA-range"], Walk(MARKET.timestamp[1500], refit_every="5D"))
         for name, Q in cut.forecasts.items():
             np.testing.assert_allclose(Q, whole.forecasts[name][: len(Q)], rtol=1e-12)
             assert cut.rows[-1] == t
@@ -53,7 +54,7 @@ def test_a_refit_knows_nothing_after_its_start():
             seen.append((frame["timestamp"].iloc[-1], end == len(frame) - 1))
             return super().fit(frame, end)
 
-    report = backtest(MARKET, {"watching": Watching}, since=MARKET.timestamp[1700], refit_every="7D")
+    report = backtest(MARKET, {"watching": Watching}, Walk(MARKET.timestamp[1700], refit_every="7D"))
     assert [time + pd.Timedelta("1h") for time, _ in seen] == [block.start for block in report.blocks]
     assert all(last for _, last in seen)
 
@@ -66,7 +67,7 @@ def test_a_model_that_peeks_is_not_scored():
     with pytest.raises(
         TrainingError, match=r"peeking changes its forecast of .* when later candles are hidden; it looks ahead"
     ):
-        backtest(MARKET, {"peeking": Peeking}, since=MARKET.timestamp[1900])
+        backtest(MARKET, {"peeking": Peeking}, Walk(MARKET.timestamp[1900]))
 
 
 def test_a_stopped_backtest_goes_on_and_never_reads_stale_blocks(tmp_path, monkeypatch):
@@ -82,28 +83,28 @@ def test_a_stopped_backtest_goes_on_and_never_reads_stale_blocks(tmp_path, monke
     monkeypatch.setattr(module, "forecast_block", counting)
     since, short = MARKET.timestamp[1500], MARKET[:2100]
     with pytest.raises(KeyboardInterrupt):
-        backtest(short, ["HAR-t", "EWMA-range"], since, out=tmp_path)
+        backtest(short, ["HAR-t", "EWMA-range"], Walk(since), out=tmp_path)
     made.clear()
     stop_at[0] = 0
-    first = backtest(short, ["HAR-t", "EWMA-range"], since, out=tmp_path)
+    first = backtest(short, ["HAR-t", "EWMA-range"], Walk(since), out=tmp_path)
     assert len(made) == 2 * len(first.blocks) - 2  # the two finished blocks were kept
     made.clear()
-    later = backtest(MARKET, ["HAR-t"], since, out=tmp_path)
+    later = backtest(MARKET, ["HAR-t"], Walk(since), out=tmp_path)
     assert (
         len(made) == len(later.blocks) - len(first.blocks) + 1
     )  # new blocks, and the last one, which has more hours now
     made.clear()
     revised = MARKET.assign(volume=MARKET.volume.where(MARKET.index != 1490, 7.0))
-    backtest(revised, ["HAR-t"], since, out=tmp_path)
+    backtest(revised, ["HAR-t"], Walk(since), out=tmp_path)
     assert len(made) == len(later.blocks)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".parquet"}
-    assert list(pd.read_parquet(files[0]).columns) == ["timestamp", *COLUMNS]
+    assert list(pd.read_parquet(files[0]).columns) == ["timestamp", *QUANTILE_COLUMNS]
 
 
 def test_gaps_are_neither_forecast_nor_filled():
     holed = MARKET.drop(index=range(1800, 1810)).reset_index(drop=True)
-    report = backtest(holed, ["HAR-t"], since=MARKET.timestamp[1700])
+    report = backtest(holed, ["HAR-t"], Walk(MARKET.timestamp[1700]))
     times = report.frame["timestamp"].iloc[report.rows]
     near = (times >= MARKET.timestamp[1799]) & (times < MARKET.timestamp[1810] + pd.Timedelta("118h"))
     assert not near.any() and np.isfinite(report.y).all() and len(report.y) == len(report.forecasts["HAR-t"])
@@ -113,9 +114,7 @@ def test_gaps_are_neither_forecast_nor_filled():
 def test_other_intervals_run_and_say_that_skill_was_not_measured_there(interval, refit):
     frame = fake_candles(2200, seed=3, interval=interval)
     tiny = load_recipe("default", members=1, epochs=1, hidden_size=4)
-    report = backtest(
-        frame, {"lstm": tiny, "HAR-t": None}, since=frame.timestamp[2000], refit_every=refit, interval=interval
-    )
+    report = backtest(frame, {"lstm": tiny, "HAR-t": None}, Walk(frame.timestamp[2000], refit_every=refit), interval)
     assert len(report.y) > 150 and "measured on 1h candles only" in findings(report)[0]
     assert skill_table(report)["CRPS / base"].between(0.7, 1.3).all()
     assert len(plot_pit(report).axes) >= 2
@@ -128,7 +127,7 @@ def test_every_name_takes_part_and_a_wrong_one_is_told_before_any_work():
         backtest(MARKET, ["HAR-t", "EWMA"], progress=lambda *step: seen.append(step))
     assert seen == []
     with pytest.raises(SettingsError, match="refit_every is a time such as 7D"):
-        plan_blocks(MARKET, refit_every="weekly")
+        plan_blocks(MARKET, Walk(refit_every="weekly"))
     with pytest.raises(CandleError, match="needs 840 candles before"):
         backtest(MARKET[:700], ["HAR-t"])
 
@@ -139,7 +138,7 @@ def test_a_coin_earns_nothing_and_pays_fees():
             sign = np.sign(np.sin(1e6 * frame["close"].to_numpy()[rows]))  # known at the close, and as good as random
             return super().quantiles(frame, rows) + 1e-4 * sign[:, None]
 
-    worth = sign_value(backtest(MARKET, {"coin": Coin}, since=MARKET.timestamp[1300])).loc["coin"]
+    worth = sign_value(backtest(MARKET, {"coin": Coin}, Walk(MARKET.timestamp[1300]))).loc["coin"]
     assert worth["low"] < 0.5 < worth["high"] and worth["net high"] < 0 and worth["needed"] > 0.55
 
 
@@ -199,7 +198,7 @@ def test_the_pool_knows_no_later_candle_of_any_pair():
     }
     pools = [Pool(found, recipe=recipe) for found in (frames, altered)]
     contender = contenders(["pooled"], pool=pools[0])[0]
-    block = plan_blocks(MARKET, since)[0]
+    block = plan_blocks(MARKET, Walk(since))[0]
     paths = [
         module.block_path(tmp, contenders(["pooled"], pool=pool)[0], MARKET, block)
         for tmp, pool in ((Path(), pool) for pool in pools)

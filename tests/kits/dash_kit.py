@@ -136,7 +136,6 @@ class Stage:
 
     def up(self) -> None:
         "Start to answer."
-        self.app.state.api.streams.closed = False  # the same application may have been stopped before
         self.server = uvicorn.Server(
             uvicorn.Config(self.app, port=self.settings.port, log_level="error", timeout_graceful_shutdown=1)
         )

@@ -9,7 +9,7 @@ from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, load_sample
 from make_us_rich.market.series import Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
-from make_us_rich.registry.served_model import open_session
+from make_us_rich.registry.served_model import open_graph
 from make_us_rich.registry.store import ModelStore
 
 PAIRS = ("BTC_USDT", "SOL_USDT")
@@ -37,7 +37,7 @@ def tiny_graph() -> bytes:
 
 @functools.cache
 def _golden(pair: str) -> tuple[int, Golden]:
-    session = open_session(tiny_graph())
+    session = open_graph(tiny_graph())
     window = int(session.get_inputs()[0].shape[1])
     tail = sample(pair).head(window)
     candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()

@@ -17,7 +17,8 @@ from make_us_rich.core.settings import CandleError, StoreError
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import check_candles, content_hash, fake_candles
 from make_us_rich.market.exchange import BinanceClient
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
 
 PAIR = "BTC_USDT"
 HOUR = pd.Timedelta("1h")

@@ -11,7 +11,8 @@ from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.clock import ExchangeTime, RunningClock, as_utc
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.rate_pause import Market, RatePause
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
 
 NOON = pd.Timestamp("2025-01-20T12:00Z")
 HOUR = pd.Timedelta("1h")

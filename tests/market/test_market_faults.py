@@ -18,8 +18,10 @@ from waiting import LONG, wait_for
 from make_us_rich.core.settings import CandleError, ExchangeError, SettingsError
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import VALUE_COLUMNS, content_hash, fake_candles
-from make_us_rich.market.exchange import TRIES, BinanceClient
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.exchange import BinanceClient
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
+from make_us_rich.market.wire import TRIES
 
 PAIR, HOUR = "BTC_USDT", pd.Timedelta("1h")
 TRUTH = fake_candles(9_500, start="2024-01-01")
@@ -45,7 +47,7 @@ def exchange(server):
 
 @pytest.fixture
 def client(exchange, monkeypatch):
-    monkeypatch.setattr("make_us_rich.market.exchange.PAUSE", 0.01)
+    monkeypatch.setattr("make_us_rich.market.wire.PAUSE", 0.01)
     return BinanceClient(exchange.url, timeout=LONG)
 
 

@@ -14,17 +14,8 @@ from make_us_rich.core.settings import SettingsError
 from make_us_rich.core.tables import ForecastRow, RunRow
 from make_us_rich.market.series import Series
 from make_us_rich.schedule import alerts as module
-from make_us_rich.schedule.alerts import (
-    Alerts,
-    Condition,
-    Watched,
-    database_conditions,
-    exchange_away,
-    open_services,
-    read_state,
-    send_heartbeat,
-    send_test,
-)
+from make_us_rich.schedule.alerts import Alerts, Condition, open_services, read_state, send_heartbeat, send_test
+from make_us_rich.schedule.rules import Watched, database_conditions, exchange_away
 
 NOON = pd.Timestamp("2026-11-24T12:00Z")
 HOUR = pd.Timedelta("1h")

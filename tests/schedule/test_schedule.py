@@ -18,8 +18,9 @@ from waiting import LONG, gone, wait_for
 from make_us_rich.core.database import connect, migrate
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candles import fake_candles
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import Pair, Series
+from make_us_rich.market.tape import Faults
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.evidence import keep_page, outside_requests

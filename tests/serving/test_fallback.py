@@ -23,7 +23,7 @@ from make_us_rich.models.features import split
 from make_us_rich.models.har import HarT
 from make_us_rich.models.har_graph import WINDOW, fallback_graph, fit_fallback
 from make_us_rich.models.recipe import load_recipe
-from make_us_rich.registry.served_model import graph_returns, open_session
+from make_us_rich.registry.served_model import graph_returns, open_graph
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs.ledger import RunLedger
 from make_us_rich.runs.publish import publish_fallback, publish_or_refuse
@@ -70,7 +70,7 @@ def test_the_graph_is_the_model():
         .reset_index(drop=True)
     )
     har = fit_fallback(frame, 4_000)
-    session = open_session(fallback_graph(har, frame))
+    session = open_graph(fallback_graph(har, frame))
     rows = scorable_rows(frame, np.arange(4_000, len(frame)), window=WINDOW)
     assert len(rows) > 800
 

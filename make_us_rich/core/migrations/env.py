@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from make_us_rich.core.tables import Base
+from make_us_rich.core.tables import TableBase
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True)
+context.configure(connection=context.config.attributes["connection"], target_metadata=TableBase.metadata, render_as_batch=True)
 with context.begin_transaction():
     context.run_migrations()
