@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from ..core.settings import ForecastUnavailable, get_settings, system_clock, utc_iso
-from .output import IntervalOption, SomePairs, app, new_console, only_interval, say, series_list
+from make_us_rich.cli.output import (
+    IntervalOption,
+    SomePairs,
+    app,
+    new_console,
+    new_table,
+    only_interval,
+    say,
+    series_list,
+)
 
 if TYPE_CHECKING:
     from make_us_rich.market.series import Series
@@ -62,14 +70,6 @@ def _database() -> "Iterator[Session]":
     finally:
         engine.dispose()
 
-
-def _plain_table(*columns: str) -> Table:
-    "A table with these columns."
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
 # %% ../../nbs/11_cli/05_serving.ipynb #2801d629
 @users_app.command(
     "add", epilog="Examples: [bold]mkrich users add ann[/] | [bold]mkrich users add bob --admin --password[/]"
@@ -100,7 +100,7 @@ def list_all() -> None:
     "List the users with what they used this month."
     from make_us_rich.api.accounts import list_users, usage
 
-    now, table = system_clock(), _plain_table("name", "role", "state", "calls this month", "since")
+    now, table = system_clock(), new_table("name", "role", "state", "calls this month", "since")
     with _database() as s:
         for user in list_users(s):
             allowance = usage(s, user, get_settings().monthly_calls, now)
@@ -168,7 +168,7 @@ def list_keys(
     "List tokens by their first characters."
     from make_us_rich.api.accounts import get_user, list_tokens, list_users
 
-    table = _plain_table("number", "user", "name", "begins with", "created", "expires", "last used", "state")
+    table = new_table("number", "user", "name", "begins with", "created", "expires", "last used", "state")
     with _database() as s:
         names = {u.id: u.name for u in list_users(s)}
         for t in list_tokens(s, get_user(s, user) if user else None):
