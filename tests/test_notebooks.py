@@ -146,19 +146,9 @@ def test_the_gate_counts_what_is_too_dense(planted, monkeypatch):
     assert any("against the rule 'packed assignment'" in p for p in check.too_dense())
 
 
-def test_a_name_with_two_meanings_is_found(planted, monkeypatch):
+def test_a_name_with_two_meanings_is_found(planted):
     plant(planted, "runs/run.py", "def find_gaps():\n    'Of a run.'")
-    monkeypatch.setattr(check, "TWO_MEANINGS", 0)
-    problems = check.two_meanings()
-    assert "find_gaps: market.candles, runs.run" in problems
-    assert not any(p.startswith(("HarT:", "train:")) for p in problems)  # the face and the commands say them on purpose
-
-
-def test_the_ceiling_of_names_is_kept(planted):
-    assert check.two_meanings() == []
-    for module in ("core/processes.py", "core/secrets.py"):
-        plant(planted, module, "\n\n".join(f"class Same{i}:\n    'Twice.'" for i in range(16)))
-    assert len(check.two_meanings()) > 16
+    assert check.two_meanings() == ["find_gaps: market.candles, runs.run; the lower room keeps the name"]
 
 
 def test_a_ceiling_that_could_be_lower_is_found(planted, monkeypatch):
