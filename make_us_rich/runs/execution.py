@@ -22,10 +22,9 @@ from ..market.exchange import BinanceClient
 from ..market.candle_store import CandleStore
 from ..models.recipe import Recipe
 from ..registry.store import ModelReader, ModelStore
-from .run import Outcome, RunId, check_parameters, find_notebook, identify
+from .run import Outcome, RunId, check_parameters, find_notebook, identify, stored_series
 from .runner import Execution, run_notebook
 from .ledger import RETRY_PAUSE
-from .report import stored_series
 
 # %% ../../nbs/08_runs/08_execution.ipynb #8cd3a6a9
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
 from .report import SAMPLE_URL, Markdown, Run, RunPlace, refuse_bad_candles, open_market
-from .report import read_recipe, stored_series
-from .run import identify
+from .report import read_recipe
+from .run import identify, stored_series
 from .publish import Candidate, Publication, Tracked, publish_run, track_publication, write_result
 
 if TYPE_CHECKING:

@@ -584,7 +584,7 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
         ]
         for data in odd:
             assert raw(data).split(b" ")[1][:1] == b"4", data[:60]
-        assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200
+        assert httpx.get(f"{server.url}/healthz", timeout=LONG).status_code == 200
         for link in idle:
             link.close()
         assert "Traceback" not in server.log.read_text()
@@ -602,7 +602,7 @@ def test_secrets_are_nowhere(tmp_path, postgresql):  # noqa: F811
 
         def call(method, path, token=None, **options):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            pages.append(httpx.request(method, server.url + path, headers=headers, timeout=30, **options).text)
+            pages.append(httpx.request(method, server.url + path, headers=headers, timeout=LONG, **options).text)
 
         member = tokens["member"]
         call("GET", f"/v1/forecasts?token={member}")

@@ -1,6 +1,5 @@
 """People, tokens and exact counting when many processes and threads come at once, on SQLite and on a real PostgreSQL."""
 
-import multiprocessing
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forks import FORKS, preloading
 from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import select, text
 from waiting import LONG
@@ -30,8 +30,7 @@ from make_us_rich.core.tables import Audit, Usage, User
 
 NOVEMBER = pd.Timestamp("2026-11-30T23:59:59.9Z")
 DECEMBER = pd.Timestamp("2026-12-01T00:00:00Z")
-LOADS = multiprocessing.get_context("forkserver")
-LOADS.set_forkserver_preload([connect.__module__, add_user.__module__, "alembic.command", "psycopg", "pytest"])
+forks = preloading(connect.__module__, add_user.__module__, "alembic.command", "psycopg")
 PROCESSES, THREADS, CALLS = 2, 16, 100  # 3,200 calls
 
 
@@ -87,8 +86,8 @@ def load(url, limit, turn, clock, barrier, results):
 def run_load(engine, limit, turn=0):
     "What both processes together were let through, as a list of (month, counter)."
     url = engine.url.render_as_string(hide_password=False)
-    clock, barrier, results = LOADS.Value("b", 0), LOADS.Barrier(PROCESSES), LOADS.Queue()
-    processes = [LOADS.Process(target=load, args=(url, limit, turn, clock, barrier, results)) for _ in range(PROCESSES)]
+    clock, barrier, results = FORKS.Value("b", 0), FORKS.Barrier(PROCESSES), FORKS.Queue()
+    processes = [FORKS.Process(target=load, args=(url, limit, turn, clock, barrier, results)) for _ in range(PROCESSES)]
     for process in processes:
         process.start()
     answers = [results.get(timeout=LONG) for _ in processes]

@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import venv
-from importlib.metadata import distribution
+from collections import defaultdict
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,20 @@ def brought_by(name, known):
     return found
 
 
-def link(distribution, prefix):
-    "The files of an installed distribution, at their places below another environment; programs excepted."
-    for file in distribution.files:
-        source = Path(os.path.normpath(file.locate()))
+def owners():
+    "Name of a file or folder in site-packages -> numbers of the distributions that have something there."
+    found = defaultdict(set)
+    for number, each in enumerate(distributions()):
+        for file in each.files or []:
+            found[file.parts[0]].add(number)
+    return found
+
+
+def link(distribution, prefix, owners):
+    "What an installed distribution has, at its place below another environment: whole folders where they are its own; no programs."
+    own = {file.parts[0] for file in distribution.files if len(owners[file.parts[0]]) == 1}
+    for file in [*own, *(file for file in distribution.files if file.parts[0] not in own)]:
+        source = Path(os.path.normpath(distribution.locate_file(file)))
         place = source.relative_to(sys.prefix)
         if place.parts[0] not in ("bin", "Scripts"):
             target = prefix / place
@@ -50,16 +61,16 @@ def link(distribution, prefix):
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     "The Python of an environment that holds what requirements/train.txt names, PyTorch, and this clone."
-    prefix, lock = tmp_path_factory.mktemp("train"), locked("train")
+    prefix, lock, owned = tmp_path_factory.mktemp("train"), locked("train"), owners()
     venv.create(prefix, symlinks=True)
     for name, version in lock.items():
         installed = distribution(name)
         assert installed.version == version, (
             f"{name} {installed.version} is installed, the lock says {version}; renew the environment with make"
         )
-        link(installed, prefix)
+        link(installed, prefix, owned)
     for name in brought_by("torch", set(locked("dev"))):
-        link(distribution(name), prefix)
+        link(distribution(name), prefix, owned)
     (packages,) = prefix.glob("lib/python*/site-packages")
     (packages / "clone.pth").write_text(f"{ROOT}\n")
     return prefix / "bin" / "python"

@@ -47,9 +47,12 @@ class PostgreSQL:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    "A port below those that the system gives to connections, so that nothing takes it before its server does."
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

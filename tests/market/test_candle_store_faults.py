@@ -1,6 +1,5 @@
 """Faults F07, F21, F22, F23 of the candle store: revised candles, kill -9, damage on disk, many writers at once."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forks import FORKS, preloading
 from waiting import LONG, wait_for
 
 from make_us_rich.core import storage
@@ -24,16 +24,7 @@ PAIR = "BTC_USDT"
 HOUR = pd.Timedelta("1h")
 TRUTH = fake_candles(2000, start="2024-01-01")
 STEPS = 10  # of one write: before and after each of five calls
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Processes that start from a warm, thread-free parent: a killed one costs milliseconds, not an import of pandas."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", CandleStore.__module__, BinanceClient.__module__, ReplayServer.__module__]
-    )
-    return context
+forks = preloading(CandleStore.__module__, BinanceClient.__module__, ReplayServer.__module__)
 
 
 class Exchange:
@@ -72,15 +63,13 @@ def hammer(step: int, root: Path, start: pd.Timestamp) -> None:
         exchange.clock += HOUR
 
 
-def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, fresh):
-    store, luck = CandleStore(tmp_path), random.Random(1)
+def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path):
+    store = CandleStore(tmp_path)
     now, grown = pd.Timestamp("2024-02-01T00:20Z"), 0
     store.update(Exchange(now), PAIR, rows=300)
-    for _ in range(40):
-        rows, path = store.info(PAIR).rows, store.path(PAIR)
-        child = fresh.Process(
-            target=hammer, args=(luck.randrange(STEPS, 3 * STEPS), tmp_path, now)
-        )  # in the second or third update
+    for step in range(STEPS, 3 * STEPS):  # in the second or third update
+        rows = store.info(PAIR).rows
+        child = FORKS.Process(target=hammer, args=(step, tmp_path, now))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -88,11 +77,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, fresh):
         now = frame["timestamp"].iloc[-1] + HOUR + pd.Timedelta("20min")
         pd.testing.assert_frame_equal(frame, closed(now).tail(len(frame)).reset_index(drop=True))
         grown += len(frame) > rows
-        if now > pd.Timestamp("2024-03-10T00:00Z"):  # start over, so that there is always something to write
-            path.unlink()
-            now = pd.Timestamp("2024-02-01T00:20Z")
-            store.update(Exchange(now), PAIR, rows=300)
-    assert grown == 40
+    assert grown == 2 * STEPS
     store.update(Exchange(now + HOUR), PAIR)
     assert leftovers(tmp_path) == ["1h.lock", "1h.parquet"]
 
@@ -158,14 +143,14 @@ def die_at(step: int, root: Path, now: pd.Timestamp) -> None:
     os._exit(count[0])
 
 
-def test_kill_at_every_step_of_a_write(tmp_path, fresh):
+def test_kill_at_every_step_of_a_write(tmp_path):
     old_now, new_now = pd.Timestamp("2024-02-01T00:20Z"), pd.Timestamp("2024-02-01T05:20Z")
     outcomes = []
     for step in range(100):
         root = tmp_path / str(step)
         store = CandleStore(root, wait=LONG)
         store.update(Exchange(old_now), PAIR, rows=300)
-        child = fresh.Process(target=die_at, args=(step, root, new_now))
+        child = FORKS.Process(target=die_at, args=(step, root, new_now))
         child.start()
         child.join()
         outcomes.append(store.info(PAIR).rows)
@@ -286,8 +271,8 @@ def update_many(root: Path, url: str, times: int, rows: int) -> None:
         check_candles(store.read(PAIR))
 
 
-def run_all(context, count: int, *args) -> None:
-    children = [context.Process(target=update_many, args=args) for _ in range(count)]
+def run_all(count: int, *args) -> None:
+    children = [FORKS.Process(target=update_many, args=args) for _ in range(count)]
     for child in children:
         child.start()
     for child in children:
@@ -295,10 +280,10 @@ def run_all(context, count: int, *args) -> None:
     assert [child.exitcode for child in children] == [0] * count
 
 
-def test_eight_processes_fetch_once(tmp_path, fresh):
+def test_eight_processes_fetch_once(tmp_path):
     with ReplayServer({PAIR: TRUTH}) as server:
         now = server.clock.now()
-        run_all(fresh, 8, tmp_path, server.url, 1, 1900)
+        run_all(8, tmp_path, server.url, 1, 1900)
         pages = [params for path, params in server.calls if path.endswith("klines")]
         starts = {params.get("startTime") for params in pages}
     frame = CandleStore(tmp_path).read(PAIR)
@@ -307,10 +292,10 @@ def test_eight_processes_fetch_once(tmp_path, fresh):
     assert leftovers(tmp_path) == ["1h.lock", "1h.parquet"]
 
 
-def test_eight_processes_while_the_hours_run(tmp_path, fresh):
+def test_eight_processes_while_the_hours_run(tmp_path):
     start = TRUTH["timestamp"].iloc[1000]
     with ReplayServer({PAIR: TRUTH}, now=start, speed=5 * 3600) as server:  # five candles a second
-        run_all(fresh, 8, tmp_path, server.url, 5, 300)
+        run_all(8, tmp_path, server.url, 5, 300)
         store, client = CandleStore(tmp_path), BinanceClient(server.url)
         server.clock.set(server.clock.now(), speed=0)
         store.update(client, PAIR)
@@ -324,9 +309,9 @@ def test_eight_processes_while_the_hours_run(tmp_path, fresh):
     assert leftovers(tmp_path) == ["1h.lock", "1h.parquet"]
 
 
-def test_who_waits_too_long_gets_a_sentence(tmp_path, fresh):
+def test_who_waits_too_long_gets_a_sentence(tmp_path):
     store = CandleStore(tmp_path, wait=0.2)
-    child = fresh.Process(target=hold, args=(tmp_path,))
+    child = FORKS.Process(target=hold, args=(tmp_path,))
     child.start()
     wait_for((tmp_path / "held").exists)
     with pytest.raises(

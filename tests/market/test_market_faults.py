@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import free_port
 from waiting import LONG, wait_for
 
 from make_us_rich.core.settings import CandleError, ExchangeError, SettingsError
@@ -47,7 +48,7 @@ def exchange(server):
 @pytest.fixture
 def client(exchange, monkeypatch):
     monkeypatch.setattr("make_us_rich.market.wire.PAUSE", 0.01)
-    return BinanceClient(exchange.url, timeout=2)
+    return BinanceClient(exchange.url, timeout=LONG)
 
 
 @pytest.fixture
@@ -560,8 +561,7 @@ def listens(port):
 
 
 def test_serve_replay_plays_in_the_foreground_until_it_is_told_to_stop():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: listens(port), what="the replay")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from forks import run_server, warm  # noqa: F401
 from waiting import LONG, gone, wait_for
 
 from make_us_rich.core.database import connect, migrate
@@ -23,7 +24,6 @@ from make_us_rich.registry.store import ModelStore
 from make_us_rich.runs import runner as runs
 from make_us_rich.runs.execution import TrainOptions
 from make_us_rich.runs.ledger import RunLedger
-from make_us_rich.runs.runner import start_warm
 from make_us_rich.runs.train import train
 
 BTC = Series.parse("BTC_USDT")
@@ -116,28 +116,24 @@ def test_killed_kernel(settings):  # F27
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="warm starts fork")
+@pytest.mark.usefixtures("warm")
 def test_warm_start_tells_the_same_truth(settings, tmp_path, request):
-    start_warm()
-    try:
-        outcome = start(settings, "os.kill(os.getpid(), signal.SIGKILL)")
-        assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act") and kept(outcome)[1][-2:] == [
-            "failed",
-            "pending",
-        ]
-        request.getfixturevalue("late")
-        stopped = start(settings, f"{RECORD_PID}; time.sleep(3600)")
-        assert stopped.exit_class == "timeout" and not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-        (tmp_path / "pid").unlink()
-        (above,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
-        wait_for(lambda: not above.children(recursive=True), what="the end of the forked run")
-        above.kill()  # another one is started, or the run starts the slow way
-        assert start(settings).state == "published"
-    finally:
-        for server in runs._FORK_SERVER:
-            server.close()
-        runs._FORK_SERVER.clear()
+    outcome = start(settings, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert outcome.reason.startswith("kernel died (signal 9) in cell 4 of 5: Act") and kept(outcome)[1][-2:] == [
+        "failed",
+        "pending",
+    ]
+    request.getfixturevalue("late")
+    stopped = start(settings, f"{RECORD_PID}; time.sleep(3600)")
+    assert stopped.exit_class == "timeout" and not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    (tmp_path / "pid").unlink()
+    (above,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    wait_for(lambda: not above.children(recursive=True), what="the end of the forked run")
+    above.kill()  # another one is started, or the run starts the slow way
+    assert start(settings).state == "published"
 
 
+@pytest.mark.usefixtures("warm")
 def test_cell_raises(settings):  # F30
     outcome = start(settings, "1 / 0")
     assert (outcome.exit_class, outcome.cell) == ("cell_error", "cell 4 of 5: Act")
@@ -229,6 +225,7 @@ def test_two_starters_one_version(settings):  # F34
     assert len(versions(settings)) == 1  # the other one was under way, or had just ended
 
 
+@pytest.mark.usefixtures("warm")
 def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
     outcome = start(settings, act_late="os.kill(os.getpid(), signal.SIGKILL)")
     store = ModelStore(settings.store_url)
@@ -240,6 +237,7 @@ def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
     assert store.champion("BTC_USDT").version == left.version
 
 
+@pytest.mark.usefixtures("warm")
 def test_rollback_is_respected(settings, exchange):
     first = start(settings)
     exchange.clock.advance("1h")
@@ -272,6 +270,7 @@ def test_wrong_parameters_leave_no_trace(settings, parameters, sentence):  # F33
     engine.dispose()
 
 
+@pytest.mark.usefixtures("warm")
 def test_nothing_of_a_run_but_the_row_says_that_it_is_under_way(settings):
     "HOUSE row 2 and 3: no lock file and no running.json beside the runs; outcome.json is a copy of the row."
     outcome = start(settings)
@@ -285,6 +284,7 @@ def test_nothing_of_a_run_but_the_row_says_that_it_is_under_way(settings):
     engine.dispose()
 
 
+@pytest.mark.usefixtures("warm")
 def test_the_recipe_is_handed_on_frozen(settings):
     "HOUSE row 16: what the notebook gets is the recipe that names the run, number by number."
     act = "from make_us_rich.models.recipe import Recipe; assert Recipe.from_json(recipe).hash in run_id"

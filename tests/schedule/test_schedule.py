@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from forks import run_server, warm  # noqa: F401
 from servers import database_url, postgresql  # noqa: F401
 from waiting import LONG, gone, wait_for
 
@@ -102,6 +103,7 @@ def test_short_month(tmp_path):
     assert figures["events"] == {"outage hours": 1, "worker killed": 1, "schedule killed": 2}
 
 
+@pytest.mark.usefixtures("warm")
 def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchange):  # F27, F30, F95
     def start_run(act="", **more):
         return recorded(settings, ledger, exchange, parameters={"act": act}, pause=60, **more)
@@ -136,6 +138,7 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
     assert ModelStore(settings.store_url).page("BTC_USDT", fine.version) == page.read_bytes()
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_version_that_is_gone_is_made_again_when_a_person_asks(settings, ledger, exchange):
     first = recorded(settings, ledger, exchange)
     shutil.rmtree(settings.home / "models")
@@ -148,6 +151,7 @@ def test_a_version_that_is_gone_is_made_again_when_a_person_asks(settings, ledge
     )
 
 
+@pytest.mark.usefixtures("warm")
 def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
     said = []
     act = "read = CandleStore.read; CandleStore.read = lambda self, pair, *a, **k: read(self, 'BTC_USDT', *a, **k)"
@@ -182,6 +186,7 @@ def test_wrong_input_before_a_kernel_is_an_account_too(settings, ledger, exchang
     assert (row.state, row.exit_class) == ("failed", "exchange") and row.retry_at is not None
 
 
+@pytest.mark.usefixtures("warm")
 def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypatch):  # F35
     monkeypatch.setattr("make_us_rich.runs.train._patiently", lambda write, seconds=20: None)
     first = recorded(settings, ledger, exchange)
@@ -224,6 +229,7 @@ def test_a_plan_of_four_hour_candles_only(settings, exchange, ledger):
     assert [entry.state for entry in again.values()] == ["skipped"] * 3
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_real_notebook_of_four_hour_candles(settings, ledger):
     four = Series.parse("BTC_USDT/4h")
     frames = {"BTC_USDT": fake_candles(400, 5, interval="4h")}
@@ -236,6 +242,7 @@ def test_a_real_notebook_of_four_hour_candles(settings, ledger):
     assert Path(made.notebook).parent.name.endswith("-4h") and ledger.find(made.run_id).interval == "4h"
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_rolled_back_version_does_not_come_back(settings, exchange, ledger):
     "HOUSE row 1: whoever makes up for a dead runner respects what a person has taken back."
     first = recorded(settings, ledger, exchange)

@@ -1,10 +1,9 @@
 """The ledger on SQLite and on a real PostgreSQL: exact with many writers, honest about what was changed, and the breaker."""
 
-import multiprocessing
-
 import numpy as np
 import pandas as pd
 import pytest
+from forks import FORKS, preloading
 from servers import database_url, postgresql  # noqa: F401
 from sqlalchemy import func, select
 from waiting import LONG
@@ -25,8 +24,7 @@ from make_us_rich.serving.verify import Ledger
 HOUR = pd.Timedelta("1h")
 FRAME = fake_candles(1203, seed=4, start="2025-01-01")
 ROWS = np.arange(1000, 1200)
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["make_us_rich.serving.verify", "psycopg", "pytest"])
+forks = preloading("make_us_rich.serving.verify", "psycopg")
 GOOD, BAD = "20250101T000000Z-0123456789ab", "20250102T000000Z-0123456789ab"
 
 
@@ -90,8 +88,8 @@ def write_and_settle(url, barrier, results):
 
 
 def test_five_processes_write_and_settle_the_same_rows(engine, database_url):  # noqa: F811
-    barrier, results = SPAWN.Barrier(5), SPAWN.Queue()
-    processes = [SPAWN.Process(target=write_and_settle, args=(database_url, barrier, results)) for _ in range(5)]
+    barrier, results = FORKS.Barrier(5), FORKS.Queue()
+    processes = [FORKS.Process(target=write_and_settle, args=(database_url, barrier, results)) for _ in range(5)]
     for process in processes:
         process.start()
     answers = [results.get(timeout=LONG) for _ in processes]
