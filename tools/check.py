@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LIBRARY = "make_us_rich"
 CEILING: dict[str, int] = {}  # exceptions of tools/air.py that are left; a ceiling only falls
-TWO_MEANINGS = 0
 
 
 def notebooks() -> list[Path]:
