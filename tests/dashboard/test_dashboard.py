@@ -322,6 +322,8 @@ def test_a_viewer_who_vanishes(browser, forgetful, stage):
 
     def ended() -> bool:
         stage.change(median=median + next(more) / 1000)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(1)  # news every second
         return not process.is_running()
 
     wait_for(ended, LONG, "the end of a process that nobody looks at")
