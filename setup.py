@@ -50,6 +50,7 @@ setuptools.setup(
             "dashboard/template/**",
             "schedule/engine/*.py",
             "api/templates/**",
+            "runs/templates/**",
         ]
     },
     install_requires=shlex.split(cfg["requirements"]),

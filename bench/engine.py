@@ -21,13 +21,12 @@ import torch
 from accuracy import DATA, ROOT, last_year
 
 from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, fake_candles
-from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import convert_model
 from make_us_rich.models.features import CandleFeatures, frame_tensors
 from make_us_rich.models.pooled import Pooled, finetune, pretrain
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.manifest import draft_manifest
 from make_us_rich.registry.served_model import OnnxModel, open_graph
 from make_us_rich.registry.store import ModelStore
 
@@ -59,43 +58,8 @@ def feature_rate(rows: int, passes: int) -> tuple[float, float]:
 
 def published(frame: pd.DataFrame, model: bytes) -> OnnxModel:
     "The bytes as a version in a store, loaded as the product loads it."
-    session, store = open_graph(model), ModelStore("memory://")
-    window = int(session.get_inputs()[0].shape[1])
-    candles, times = (
-        frame[VALUE_COLUMNS].to_numpy("float64")[-window:],
-        frame["timestamp"].astype("int64").to_numpy()[-window:],
-    )
-    quantiles, scale = session.run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
-    first, last = frame["timestamp"].iloc[[0, -1]]
-    version = store.publish(
-        Manifest(
-            pair="BTC_USDT",
-            interval="1h",
-            window=window,
-            columns=VALUE_COLUMNS,
-            levels=list(LEVELS),
-            recipe={},
-            recipe_hash="-",
-            scores=[],
-            data=DataSpan(
-                source=SAMPLE_LABEL,
-                label=SAMPLE_LABEL,
-                first=first,
-                last=last,
-                rows=len(frame),
-                gaps=0,
-                content_hash="-",
-            ),
-            cutoff=last,
-            created_at=last,
-            verdict={"passed": True},
-            golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
-            libraries={},
-            git_revision="-",
-            run_id="bench",
-        ),
-        model,
-    )
+    store = ModelStore("memory://")
+    version = store.publish(draft_manifest("BTC_USDT", frame, open_graph(model), source=SAMPLE_LABEL), model)
     return OnnxModel(store.load("BTC_USDT", version))
 
 

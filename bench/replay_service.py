@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich.core.settings import get_settings
-from make_us_rich.market.candles import VALUE_COLUMNS, clean_candles, content_hash, find_gaps, read_candles
+from make_us_rich.market.candles import clean_candles, read_candles
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import convert_model
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.manifest import draft_manifest
 from make_us_rich.registry.served_model import open_graph
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving.ledger import load_record
@@ -61,40 +60,8 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
     begun = time.process_time()
     recipe = load_recipe("default", **options)
     model = convert_model(training_loop(known, recipe, progress=False).forecaster)
-    session = open_graph(model)
-    window = int(session.get_inputs()[0].shape[1])
-    tail = known.tail(window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = session.run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
-    cutoff = known["timestamp"].iloc[-1] + HOUR
-    span = DataSpan(
-        source=LABEL,
-        label=LABEL,
-        first=known["timestamp"].iloc[0],
-        last=known["timestamp"].iloc[-1],
-        rows=len(known),
-        gaps=len(find_gaps(known, "1h")),
-        content_hash=content_hash(known),
-    )
-    made = cutoff.to_pydatetime()
-    manifest = Manifest(
-        pair=pair,
-        interval="1h",
-        window=window,
-        columns=VALUE_COLUMNS,
-        levels=list(LEVELS),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_hash=recipe.hash,
-        data=span,
-        cutoff=made,
-        created_at=made,
-        scores=[],
-        verdict={"passed": True},
-        libraries={},
-        git_revision="",
-        golden=Golden.of(candles, times, quantiles[0], float(scale[0])),
-        run_id=f"{pair}-{cutoff:%Y%m%dT%H}",
-    )
+    facts = {"recipe": recipe.model_dump(mode="json"), "recipe_hash": recipe.hash, "scores": []}
+    manifest = draft_manifest(pair, known, open_graph(model), source=LABEL, **facts)
     store.promote(pair, store.publish(manifest, model))
     return time.process_time() - begun
 

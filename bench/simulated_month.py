@@ -102,38 +102,15 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 
 
 def publish(parameters, promote):
-    import numpy as np
-
     from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.candles import VALUE_COLUMNS
-    from make_us_rich.models.baselines import LEVELS
-    from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+    from make_us_rich.registry.manifest import draft_manifest
     from make_us_rich.registry.store import ModelStore
     from make_us_rich.runs.run import read_run_id
 
     frame = CandleStore(Path(parameters["home"]) / "candles").read(parameters["pair"], rows=24)
-    values, times = frame[VALUE_COLUMNS].to_numpy("float64"), frame["timestamp"].astype("int64").to_numpy()
-    first, last = frame["timestamp"].iloc[[0, -1]]
-    span = DataSpan(source="sim", label="synthetic", first=first, last=last, rows=24, gaps=0, content_hash="")
-    run_id, cutoff = parameters["run_id"], parameters["cutoff"]
-    draft = Manifest(
-        pair=parameters["pair"],
-        interval="1h",
-        window=24,
-        columns=VALUE_COLUMNS,
-        levels=list(LEVELS),
-        recipe={},
-        run_id=run_id,
-        recipe_hash=read_run_id(run_id).recipe_hash,
-        data=span,
-        cutoff=cutoff,
-        created_at=cutoff,
-        scores=[],
-        verdict={"passed": True},
-        golden=Golden.of(values, times, np.linspace(1, 2, 21), 1.0),
-        libraries={},
-        git_revision="-",
-    )
+    run_id = parameters["run_id"]
+    facts = {"recipe": {}, "recipe_hash": read_run_id(run_id).recipe_hash, "run_id": run_id, "scores": []}
+    draft = draft_manifest(parameters["pair"], frame, source="synthetic", cutoff=parameters["cutoff"], **facts)
     models = ModelStore(parameters["models_url"])
     version = models.publish(draft, b"noise " + os.urandom(16))
     if promote:

@@ -31,25 +31,6 @@ if TYPE_CHECKING:
     from make_us_rich.serving.track_record import TrackRecord
 
 # %% ../nbs/12_face.ipynb #0aae9ab6
-_RESEARCH = "evaluation.research"
-_HOME = {"Client": "api.client"} | dict.fromkeys(
-    [
-        "ALL_LEVELS",
-        "LSTM",
-        "Base",
-        "HarT",
-        "Model",
-        "candles",
-        "check",
-        "cross_validation",
-        "evaluate",
-        "gate",
-        "load_sample",
-        "plot",
-        "read",
-    ],
-    _RESEARCH,
-)
 _all_ = [
     "Client",
     "ALL_LEVELS",
@@ -66,6 +47,7 @@ _all_ = [
     "plot",
     "read",
 ]
+_HOME = dict.fromkeys(_all_, "evaluation.research") | {"Client": "api.client"}
 
 
 def __getattr__(name: str) -> Any:

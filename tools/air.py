@@ -2,7 +2,8 @@
 
 A newcomer reads the prose and then the cell under it. So a cell of the library packs no three assignments into one line, hides no
 conditional in another, tests nothing that it assigns in the filter of a comprehension, hands on at most eight parameters, keeps to 120
-characters, and says in a line what each function is for, the private ones too. A module has at most 400 lines, as `wc -l` counts.
+characters, and says in a line what each function is for, the private ones too. A cell has at most 60 lines, a module
+400, as `wc -l` counts.
 """
 
 import ast
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "make_us_rich"
-WIDTH, MOST_PARAMETERS, MOST_LINES = 120, 8, 400
+WIDTH, MOST_PARAMETERS, MOST_LINES, MOST_CELL_LINES = 120, 8, 400, 60
 SIZES = ("modules", "lines", "AST nodes", "AST nodes a line", "private functions", "of them with a docstring")
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -64,6 +65,11 @@ def findings(path: Path) -> list[tuple[str, int]]:
             is_special = isinstance(node, Function) and node.name.startswith("__") and node.name.endswith("__")
             if isinstance(node, Function) and not is_special and not ast.get_docstring(node):
                 found.append(("function without a docstring", node.lineno))
+    number = 1
+    for cell in text.split("\n# %% "):
+        if cell.startswith("../") and len(cell.strip().splitlines()) - 1 > MOST_CELL_LINES:  # its first line is nbdev's
+            found.append(("cell over 60 lines", number))
+        number += len(cell.splitlines()) + 1
     lines = len(text.splitlines())
     if lines > MOST_LINES:
         found.append(("module over 400 lines", lines))

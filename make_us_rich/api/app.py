@@ -73,8 +73,8 @@ async def _measure(api: Api) -> None:
     while event := await reader.wait():
         series = series_named(event.pair, event.interval) if event.kind == "forecast" else None
         state = api.states.get(series) if series else None
-        if series and state and state.model:
-            api.metrics.inference.labels(series.name).observe(state.model.seconds)
+        if series and state and state.choice.model:
+            api.metrics.inference.labels(series.name).observe(state.choice.model.seconds)
     api.service.events.unsubscribe(reader)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'Plain', 'ME', 'UPDATE_MODELS', 'SILENT', 'read_refusal', 'error_of', 'local_token', 'Call', 'read_frame',
-           'forecast', 'forecasts', 'candles', 'Record', 'track_record', 'models', 'login', 'rollback', 'Memory',
+           'forecast_of', 'forecasts', 'candles', 'ToldRecord', 'track_record', 'models', 'login', 'rollback', 'Memory',
            'pause_after', 'answer_of']
 
 # %% ../../nbs/07_api/17_calls.ipynb #636c1526
@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import orjson
+
+from ..core.words import rows_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +129,7 @@ def _read_forecast(told: Plain) -> "Forecast":
     return Forecast.model_validate(told)
 
 
-def forecast(pair: "str | Pair | Series", interval: str | None = None) -> "Call[Forecast]":
+def forecast_of(pair: "str | Pair | Series", interval: str | None = None) -> "Call[Forecast]":
     "The newest forecast of a series."
     path, params = _about("/v1/forecasts", pair, interval)
     return Call("GET", path, _read_forecast, params)
@@ -144,7 +146,7 @@ def candles(pair: "str | Pair | Series", hours: int, interval: str | None = None
     return Call("GET", path, read_frame, {"hours": hours, **params})
 
 # %% ../../nbs/07_api/17_calls.ipynb #f076449f
-class Record(dict[str, Any]):
+class ToldRecord(dict[str, Any]):
     "A track record: plain data that shows itself as a table in a notebook."
 
     def _repr_markdown_(self) -> str:
@@ -160,7 +162,7 @@ class Record(dict[str, Any]):
         rows["direction right"] = _share(self["hit"])
         for check in self["badge"]["checks"]:
             rows[f"rule: {check['name']}"] = check["sentence"]
-        return "\n".join(["| track record | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+        return rows_markdown("track record", rows)
 
 
 def _share(told: Plain) -> str:
@@ -174,7 +176,7 @@ def track_record(pair: "str | Pair | Series | None" = None, interval: str | None
     "How the forecasts of a series, or of all pairs at an interval, turned out."
     if pair:
         path, params = _about("/v1/track-record", pair, interval)
-        return Call("GET", path, Record, params)
+        return Call("GET", path, ToldRecord, params)
     return Call("GET", "/v1/track-record", dict, {"interval": interval} if interval else {})
 
 

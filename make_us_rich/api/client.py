@@ -125,7 +125,7 @@ class Client(Waiting):
 
     def forecast(self, pair: "str | Pair | Series", interval: str | None = None) -> "Forecast":
         "The newest forecast of a series, or its abstention."
-        return self.send(calls.forecast(pair, interval))
+        return self.send(calls.forecast_of(pair, interval))
 
     def forecasts(self) -> "list[Forecast]":
         "The newest forecasts of all series."

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import orjson
 import pandas as pd
 from fastapi import FastAPI
 from sqlalchemy import Engine, update
@@ -27,7 +26,7 @@ from ..market.exchange import BinanceClient
 from ..market.replay import ReplayServer
 from ..models.baselines import LEVELS
 from ..serving.forecast import Forecast
-from ..serving.refresh import Answer, PairState
+from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .accounts import add_user, create_token, get_user, revoke_token, set_disabled
 from .routing import Api, build_app, router
@@ -105,14 +104,13 @@ def example_service(
     return service
 
 
-def _state(service: Service, series: Series) -> PairState:
+def _state(service: Service, series: Series) -> SeriesState:
     "What the service would know about a series an hour after its model was published."
-    state = PairState(series)
+    state = SeriesState(series)
     shown: Any = SimpleNamespace(manifest=SimpleNamespace(version=EXAMPLE.model_version, cutoff=NOW))
-    state.model = shown  # what the routes look at of a model
-    record = service.ledger.track_record(str(series.pair), interval=str(series.interval))
-    state.record_body = orjson.dumps(record.to_dict())
-    state.answer = Answer.of(a_forecast(pair=str(series.pair), interval=str(series.interval)), NOW)
+    state.choice.model = shown  # what the routes look at of a model
+    state.settling.count(service.ledger)
+    state.answering.show(a_forecast(pair=str(series.pair), interval=str(series.interval)), NOW)
     return state
 
 # %% ../../nbs/07_api/08_examples.ipynb #215930a1
@@ -153,7 +151,7 @@ class ExampleApi:
 
     def show(self, forecast: Forecast) -> None:
         "Let the service answer with this forecast."
-        self.service.states[Series.parse(forecast.pair, forecast.interval)].answer = Answer.of(forecast, NOW)
+        self.service.states[forecast.series].answering.show(forecast, NOW)
 
 
 def example_api(

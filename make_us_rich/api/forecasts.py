@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'NOT_NEW', 'MOST_ROWS', 'Asset', 'Quote', 'KEPT', 'Forecasts', 'Candles', 'ForecastWithCandles', 'Count',
-           'Now', 'Record', 'Records', 'History', 'Overview']
+           'Now', 'SeriesRecord', 'Records', 'History', 'Overview']
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #38022d31
 import hashlib
@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.settings import MakeUsRichError, utc_iso
 from ..core.tables import ForecastRow
-from ..market.series import Series
+from ..market.series import Interval, Series
 from ..models.baselines import LEVELS
 from ..serving.forecast import Forecast
-from ..serving.refresh import LONG_AGO, PairState
+from ..serving.parts import LONG_AGO
+from ..serving.refresh import SeriesState
 from .refusals import Refusal
 from make_us_rich.api.routing import (
     Api,
@@ -29,7 +30,7 @@ from make_us_rich.api.routing import (
     api_of,
     checked_pair,
     default_interval,
-    guard,
+    allow,
     json_answer,
     ready_answer,
     router,
@@ -51,7 +52,7 @@ NOT_NEW = {"description": "Nothing new since the `ETag` in `If-None-Match`."}
 @router.get(
     "/v1/forecasts/{pair}",
     summary="The newest forecast of a pair",
-    **guard("counted", Forecast, _200=SHOWN, _304=NOT_NEW),
+    **allow("counted", Forecast, _200=SHOWN, _304=NOT_NEW),
 )
 async def _forecast(request: Request, pair: PairText, interval: IntervalText = None) -> Response:
     "An abstention (`status` is `abstain`, with a reason) is a normal answer."
@@ -60,7 +61,7 @@ async def _forecast(request: Request, pair: PairText, interval: IntervalText = N
     return answer_ready(api, request, answer.body, answer.etag, answer.until)
 
 
-@router.get("/v1/forecasts", summary="The newest forecasts of all series", **guard("counted", Forecasts, _304=NOT_NEW))
+@router.get("/v1/forecasts", summary="The newest forecasts of all series", **allow("counted", Forecasts, _304=NOT_NEW))
 async def _forecasts(request: Request) -> Response:
     "One call, however many pairs and intervals are served."
     api = api_of(request)
@@ -84,10 +85,10 @@ class Candles(BaseModel):
 MOST_ROWS = 2000
 
 
-def _candles_of(api: Api, state: PairState, hours: int) -> dict[str, Any]:
+def _candles_of(api: Api, state: SeriesState, hours: int) -> dict[str, Any]:
     "The closed candles of so many hours, times as text; at least one, at most `MOST_ROWS`."
-    pair, interval = str(state.pair), str(state.interval)
-    rows = min(max(1, hours * 3_600_000 // state.interval.ms), MOST_ROWS)
+    pair, interval = str(state.series.pair), str(state.series.interval)
+    rows = min(max(1, hours * 3_600_000 // state.series.interval.ms), MOST_ROWS)
     frame = api.service.parts.candles.read(state.series, rows=rows)
     texts = frame.copy()
     for name in ("timestamp", "close_time"):
@@ -102,7 +103,7 @@ def _candles_of(api: Api, state: PairState, hours: int) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/candles/{pair}", summary="The newest closed candles of a series", **guard("counted", Candles))
+@router.get("/v1/candles/{pair}", summary="The newest closed candles of a series", **allow("counted", Candles))
 def _candles(
     request: Request, pair: PairText, hours: Annotated[int, Query(ge=1, le=2000)] = 120, interval: IntervalText = None
 ) -> Response:
@@ -123,7 +124,7 @@ Asset = Annotated[str, Query(pattern=r"^[A-Za-z0-9]{1,20}$", examples=["btc"])]
 Quote = Annotated[str, Query(pattern=r"^[A-Za-z0-9]{1,20}$", examples=["usdt"])]
 
 
-@router.put("/predict", summary="The newest forecast of a pair, by two assets", **guard("counted", ForecastWithCandles))
+@router.put("/predict", summary="The newest forecast of a pair, by two assets", **allow("counted", ForecastWithCandles))
 def _predict(
     request: Request, currency: Asset, compare: Quote, candles: bool = False, interval: IntervalText = None
 ) -> Response:
@@ -150,21 +151,21 @@ class Now(BaseModel):
     as_of: dict[str, str]
 
 
-@router.get("/check_models_number", summary="How many models are served", **guard("known"))
+@router.get("/check_models_number", summary="How many models are served", **allow("known"))
 def _check_models_number(request: Request) -> Count:
     "Pairs with a verified model, each interval by itself."
-    pairs = [series.name for series, state in api_of(request).states.items() if state.model]
+    pairs = [series.name for series, state in api_of(request).states.items() if state.choice.model]
     return Count(number=len(pairs), pairs=pairs)
 
 
-@router.put("/update_models", summary="Look for new champions now", **guard("admin"))
+@router.put("/update_models", summary="Look for new champions now", **allow("admin"))
 def _update_models(request: Request) -> Count:
     "The service also does this by itself, every few seconds."
     api_of(request).service.update_models()
     return _check_models_number(request)
 
 
-@router.put("/update_date", summary="The service's time", **guard("admin"))
+@router.put("/update_date", summary="The service's time", **allow("admin"))
 def _update_date(request: Request) -> Now:
     "Changes nothing: forecasts follow the exchange's clock."
     api = api_of(request)
@@ -172,7 +173,7 @@ def _update_date(request: Request) -> Now:
     return Now(date=utc_iso(api.service.parts.now), as_of=known)
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #82e23637
-class Record(BaseModel):
+class SeriesRecord(BaseModel):
     "How the forecasts of a pair (or of all) turned out; ratios below 1 beat their reference."
 
     model_config = ConfigDict(extra="allow")
@@ -185,24 +186,24 @@ class Record(BaseModel):
     badge: dict[str, Any]
 
 
-class Records(Record):
+class Records(SeriesRecord):
     "The record over all pairs of one interval, and a line about each series of any interval."
 
     series: list[dict[str, Any]]
 
 
-@router.get("/v1/track-record", summary="How all forecasts turned out", **guard("known", Records))
+@router.get("/v1/track-record", summary="How all forecasts turned out", **allow("known", Records))
 def _track_record(request: Request, interval: IntervalText = None) -> Response:
     "No forecast is left out. Intervals are not added up with each other: their losses are of different sizes."
     api = api_of(request)
-    body = api.service.record_body(None, interval or default_interval(api))
+    body = api.service.record_body(Interval.parse(interval or default_interval(api)))
     lines = orjson.dumps([_record_line(series, state) for series, state in api.states.items()])
     return Response(body[:-1] + b',"series":' + lines + b"}", media_type="application/json")
 
 
-def _record_line(series: Series, state: PairState) -> dict[str, Any]:
+def _record_line(series: Series, state: SeriesState) -> dict[str, Any]:
     "A series' record in a line."
-    record = state.record
+    record = state.settling.record
     return {
         "pair": str(series.pair),
         "interval": str(series.interval),
@@ -212,14 +213,16 @@ def _record_line(series: Series, state: PairState) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/track-record/{pair}", summary="How the forecasts of a series turned out", **guard("known", Record))
+@router.get(
+    "/v1/track-record/{pair}", summary="How the forecasts of a series turned out", **allow("known", SeriesRecord)
+)
 def _track_record_of(request: Request, pair: PairText, interval: IntervalText = None) -> Response:
     "With the arithmetic of the badge, the candles without a forecast, and the record over time."
     state = state_of(api_of(request), pair, interval)
-    if not state.record_body:
+    if not state.settling.body:
         text = f"the record of {pair} is being added up; try again in a few seconds"
         raise Refusal(503, "no_record", text, {"Retry-After": "5"})
-    return Response(state.record_body, media_type="application/json")
+    return Response(state.settling.body, media_type="application/json")
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #023d2e19
 class History(BaseModel):
@@ -262,7 +265,7 @@ def _past(row: ForecastRow) -> dict[str, Any]:
 
 
 @router.get(
-    "/v1/forecasts/{pair}/history", summary="Earlier forecasts of a series, and what came", **guard("known", History)
+    "/v1/forecasts/{pair}/history", summary="Earlier forecasts of a series, and what came", **allow("known", History)
 )
 def _history(
     request: Request, pair: PairText, limit: Annotated[int, Query(ge=1, le=720)] = 50, interval: IntervalText = None
@@ -270,8 +273,10 @@ def _history(
     "No forecast is left out. Not counted as a call."
     api = api_of(request)
     state = state_of(api, pair, interval)
-    rows = api.service.ledger.rows(str(state.pair), str(state.interval), limit)
-    return json_answer({"pair": str(state.pair), "interval": str(state.interval), "rows": [_past(row) for row in rows]})
+    series, rows = state.series, api.service.ledger.rows(state.series, limit)
+    return json_answer(
+        {"pair": str(series.pair), "interval": str(series.interval), "rows": [_past(row) for row in rows]}
+    )
 
 # %% ../../nbs/07_api/09_forecasts.ipynb #41a431ab
 class Overview(BaseModel):
@@ -283,7 +288,7 @@ class Overview(BaseModel):
     pairs: list[dict[str, Any]]
 
 
-def _line(api: Api, series: Series, state: PairState) -> dict[str, Any]:
+def _line(api: Api, series: Series, state: SeriesState) -> dict[str, Any]:
     "A series at a glance."
     try:
         closes = api.service.parts.candles.read(series, rows=24)["close"].tolist()
@@ -294,13 +299,13 @@ def _line(api: Api, series: Series, state: PairState) -> dict[str, Any]:
         "interval": str(series.interval),
         "forecast": state.answer.forecast.to_dict() if state.answer else None,
         "closes": closes,
-        "badge": state.record.badge.colour if state.record else "grey",
-        "model_version": state.model.manifest.version if state.model else "",
+        "badge": state.settling.record.badge.colour if state.settling.record else "grey",
+        "model_version": state.version,
         "problem": "",
     }
 
 
-@router.get("/v1/overview", summary="All series at a glance", **guard("counted", Overview))
+@router.get("/v1/overview", summary="All series at a glance", **allow("counted", Overview))
 def _overview(request: Request) -> Response:
     "One call, however many pairs and intervals are served; `now` is the exchange's time."
     api = api_of(request)

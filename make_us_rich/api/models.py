@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.database import session
 from ..market.series import Series
 from ..registry.versions import VersionInfo
-from ..serving.refresh import PairState
+from ..serving.refresh import SeriesState
 from .refusals import Refusal
 from .accounts import audit
-from .routing import Api, IntervalText, PairText, api_of, guard, router, state_of
+from .routing import Api, IntervalText, PairText, api_of, allow, router, state_of
 
 # %% ../../nbs/07_api/11_models.ipynb #29bd7c96
 class ServedModel(BaseModel):
@@ -56,36 +56,37 @@ class Versions(BaseModel):
     versions: list[Version]
 
 
-@router.get("/v1/models", summary="The version that serves each series", **guard("known"))
+@router.get("/v1/models", summary="The version that serves each series", **allow("known"))
 def _models(request: Request) -> Models:
     "Degraded means: the champion does not load or failed its trial, so an earlier version serves."
     return Models(models=[_served_model(series, state) for series, state in api_of(request).states.items()])
 
 
-def _served_model(series: Series, state: PairState) -> ServedModel:
+def _served_model(series: Series, state: SeriesState) -> ServedModel:
     "What serves a series, and what should."
-    version = state.model.manifest.version if state.model else ""
-    champion = state.pointer.version if state.pointer else ""
+    model, pointer = state.choice.model, state.choice.pointer
+    version = state.version
+    champion = pointer.version if pointer else ""
     return ServedModel(
         pair=str(series.pair),
         interval=str(series.interval),
         version=version,
-        cutoff=str(state.model.manifest.cutoff) if state.model else "",
+        cutoff=str(model.manifest.cutoff) if model else "",
         champion=champion,
         degraded=version != champion,
     )
 
 
-@router.get("/v1/models/{pair}", summary="All versions of a series", **guard("counted"))
+@router.get("/v1/models/{pair}", summary="All versions of a series", **allow("counted"))
 def _models_of(request: Request, pair: PairText, interval: IntervalText = None) -> Versions:
     "Read from the model store."
     api = api_of(request)
     state = state_of(api, pair, interval)
     versions = [_version(info) for info in _published(api, state)]
-    return Versions(pair=str(state.pair), interval=str(state.interval), versions=versions)
+    return Versions(pair=str(state.series.pair), interval=str(state.series.interval), versions=versions)
 
 
-def _published(api: Api, state: PairState) -> list[VersionInfo]:
+def _published(api: Api, state: SeriesState) -> list[VersionInfo]:
     "All versions of a series, as the store lists them."
     return api.service.parts.store.versions(state.series)
 
@@ -122,7 +123,7 @@ class RolledBack(BaseModel):
     version: str
 
 
-@router.post("/v1/models/{pair}/rollback", summary="Go back to an earlier champion", **guard("admin"))
+@router.post("/v1/models/{pair}/rollback", summary="Go back to an earlier champion", **allow("admin"))
 def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: IntervalText = None) -> RolledBack:
     "The version that it leaves answers no more: this candle is forecast again."
     api, caller = api_of(request), request.scope["caller"]
@@ -137,4 +138,4 @@ def _rollback(request: Request, pair: PairText, body: RollbackBody, interval: In
     with session(api.engine) as s:
         audit(s, api.clock(), caller.name, "model.rollback", series.name, f"{version} {body.reason}")
     api.service.update_models()
-    return RolledBack(pair=str(state.pair), interval=str(state.interval), version=version)
+    return RolledBack(pair=str(state.series.pair), interval=str(state.series.interval), version=version)

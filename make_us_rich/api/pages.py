@@ -20,7 +20,7 @@ from ..core.database import session
 from .refusals import Refusal
 from .accounts import find_token, list_tokens, revoke_token, verify_password
 from .access import bearer_token
-from .routing import CHECK, COOKIE, Api, address_of, api_of, guard, json_answer, router, shown_token
+from .routing import CHECK, COOKIE, Api, address_of, api_of, allow, json_answer, router, shown_token
 from .people import make_token
 from .status import Health
 
@@ -81,7 +81,7 @@ def _log_in(api: Api, address: str, body: bytes) -> str:
 
 
 @router.get(
-    "/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **guard("public")
+    "/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **allow("public")
 )
 def _login_form(request: Request) -> Response:
     "A form without a script; for somebody who is logged in, the way out."
@@ -94,7 +94,7 @@ def _login_form(request: Request) -> Response:
     summary="Log a browser in",
     status_code=303,
     response_class=RedirectResponse,
-    **guard("public", _401=HTML_AGAIN, _429=HTML_AGAIN),
+    **allow("public", _401=HTML_AGAIN, _429=HTML_AGAIN),
 )
 async def _open_session(request: Request) -> Response:
     "Takes the form's `name` and `password`, sets the cookie, leads to the page."
@@ -118,7 +118,7 @@ async def _open_session(request: Request) -> Response:
     return answer
 
 # %% ../../nbs/07_api/15_pages.ipynb #99310868
-@router.get(CHECK, summary="Is this browser logged in?", **guard("known", Health))
+@router.get(CHECK, summary="Is this browser logged in?", **allow("known", Health))
 def _check_session(request: Request) -> Response:
     "For the front door: the cookie of the log-in page, or a token in the header. Headers say who it is."
     token = bearer_token(shown_token(request))
@@ -131,7 +131,7 @@ def _check_session(request: Request) -> Response:
 
 
 @router.post(
-    "/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **guard("public")
+    "/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **allow("public")
 )
 def _close_session(request: Request) -> Response:
     "Revokes the cookie's token and leads to the log-in page."
@@ -174,20 +174,20 @@ def _docs_page(schema: dict[str, Any]) -> str:
 
 # %% ../../nbs/07_api/15_pages.ipynb #a8254383
 @router.get(
-    "/", summary="Leads to the documentation", status_code=307, response_class=RedirectResponse, **guard("public")
+    "/", summary="Leads to the documentation", status_code=307, response_class=RedirectResponse, **allow("public")
 )
 async def _root(request: Request) -> Response:
     "To /docs."
     return RedirectResponse("/docs")
 
 
-@router.get("/docs", summary="This page", response_class=HTMLResponse, **guard("public"))
+@router.get("/docs", summary="This page", response_class=HTMLResponse, **allow("public"))
 async def _docs(request: Request) -> Response:
     "Plain HTML, nothing loaded from elsewhere."
     return HTMLResponse(_docs_page(_openapi(request.app)), headers=POLICY)
 
 
-@router.get("/openapi.json", summary="Every route, for programs", **guard("public", dict[str, Any]))
+@router.get("/openapi.json", summary="Every route, for programs", **allow("public", dict[str, Any]))
 async def _openapi_json(request: Request) -> Response:
     "OpenAPI 3.1."
     return json_answer(_openapi(request.app))

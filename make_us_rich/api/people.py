@@ -30,7 +30,7 @@ from make_us_rich.api.accounts import (
     usage,
     verify_password,
 )
-from .routing import address_of, api_of, guard, router
+from .routing import address_of, api_of, allow, router
 
 # %% ../../nbs/07_api/12_people.ipynb #68333aef
 class Me(BaseModel):
@@ -121,7 +121,7 @@ class TokenBody(BaseModel):
     days: Annotated[int, Field(ge=1, le=3650)] | None = None
 
 
-@router.post("/v1/login", summary="A token for a name and a password", **guard("public"))
+@router.post("/v1/login", summary="A token for a name and a password", **allow("public"))
 def _login(request: Request, body: LoginBody) -> NewToken:
     "The token lives for 30 days."
     api = api_of(request)
@@ -132,7 +132,7 @@ def _login(request: Request, body: LoginBody) -> NewToken:
         return make_token(s, verify_password(s, body.name, body.password), "login", 30, api.clock())
 
 
-@router.get("/v1/me", summary="Who this token belongs to, and how many calls are left", **guard("known"))
+@router.get("/v1/me", summary="Who this token belongs to, and how many calls are left", **allow("known"))
 def _me(request: Request) -> Me:
     "Not counted as a call."
     api, caller = api_of(request), request.scope["caller"]
@@ -159,7 +159,7 @@ class Tokens(BaseModel):
 TokenId = Annotated[int, Path(ge=1, lt=2**31)]
 
 
-@router.get("/v1/me/tokens", summary="One's own tokens", **guard("known"))
+@router.get("/v1/me/tokens", summary="One's own tokens", **allow("known"))
 def _tokens(request: Request) -> Tokens:
     "Beginnings and dates, never a token."
     api, caller = api_of(request), request.scope["caller"]
@@ -167,7 +167,7 @@ def _tokens(request: Request) -> Tokens:
         return Tokens(tokens=[TokenInfo(**_token_facts(token)) for token in list_tokens(s, get_user(s, caller.name))])
 
 
-@router.post("/v1/me/tokens", summary="A new token for oneself", status_code=201, **guard("known"))
+@router.post("/v1/me/tokens", summary="A new token for oneself", status_code=201, **allow("known"))
 def _make_token(request: Request, body: TokenBody) -> NewToken:
     "Keep the token now: it is not shown again."
     api, caller = api_of(request), request.scope["caller"]
@@ -175,7 +175,7 @@ def _make_token(request: Request, body: TokenBody) -> NewToken:
         return make_token(s, get_user(s, caller.name), body.name, body.days, api.clock())
 
 
-@router.delete("/v1/me/tokens/{token_id}", summary="Revoke one of one's own tokens", **guard("known"))
+@router.delete("/v1/me/tokens/{token_id}", summary="Revoke one of one's own tokens", **allow("known"))
 def _revoke_token(request: Request, token_id: TokenId) -> TokenInfo:
     "From now on it is useless; in other workers within a second."
     api, caller = api_of(request), request.scope["caller"]
@@ -226,7 +226,7 @@ def _user_facts(user: User, usual: int) -> UserInfo:
     return UserInfo(name=user.name, role=user.role, disabled=user.disabled, monthly_calls=calls, created_at=since)
 
 # %% ../../nbs/07_api/12_people.ipynb #034466ed
-@router.get("/v1/users", summary="All users", **guard("admin"))
+@router.get("/v1/users", summary="All users", **allow("admin"))
 def _users(request: Request) -> Users:
     "In the order of their names."
     api = api_of(request)
@@ -234,7 +234,7 @@ def _users(request: Request) -> Users:
         return Users(users=[_user_facts(user, api.settings.monthly_calls) for user in list_users(s)])
 
 
-@router.post("/v1/users", summary="A new user", status_code=201, **guard("admin"))
+@router.post("/v1/users", summary="A new user", status_code=201, **allow("admin"))
 def _make_user(request: Request, body: UserBody) -> UserInfo:
     "The audit keeps who made whom."
     api, caller = api_of(request), request.scope["caller"]
@@ -244,7 +244,7 @@ def _make_user(request: Request, body: UserBody) -> UserInfo:
         return _user_facts(user, api.settings.monthly_calls)
 
 
-@router.put("/v1/users/{name}", summary="Lock a user out, or let them in again", **guard("admin"))
+@router.put("/v1/users/{name}", summary="Lock a user out, or let them in again", **allow("admin"))
 def _change_user(
     request: Request, name: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["ana"])], body: UserChange
 ) -> UserInfo:

@@ -21,7 +21,7 @@ from ..core.tables import RunRow
 from ..core.database import session
 from ..market.series import Series
 from .refusals import Refusal
-from .routing import Api, api_of, guard, json_answer, router
+from .routing import Api, api_of, allow, json_answer, router
 
 # %% ../../nbs/07_api/14_runs.ipynb #fa1dd1d1
 RUN_FORM = r"^[A-Za-z0-9][A-Za-z0-9_.=+-]{0,119}$"
@@ -72,7 +72,7 @@ class Runs(BaseModel):
 RunState = Literal["running", "published", "refused", "failed", "skipped", "abandoned"]
 
 
-@router.get("/v1/runs", summary="What ran, and what became of it", **guard("admin", Runs))
+@router.get("/v1/runs", summary="What ran, and what became of it", **allow("admin", Runs))
 def _runs(request: Request, state: RunState | None = None, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> Response:
     "From the run ledger. Reasons may name files and hosts, so admins only."
     newest = select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id.desc()).limit(limit)
@@ -116,7 +116,7 @@ def _page_of(api: Api, row: RunRow) -> bytes | None:
 @router.get(
     "/v1/runs/{run_id}/page",
     summary="The executed notebook of a run, as a page",
-    **guard("known", _200=_text("text/html")),
+    **allow("known", _200=_text("text/html")),
 )
 def _run_page(request: Request, run_id: RunText) -> Response:
     "A page without scripts and without requests."
@@ -132,7 +132,7 @@ def _run_page(request: Request, run_id: RunText) -> Response:
     return HTMLResponse(page, headers=PAGE_POLICY)
 
 
-@router.get("/v1/runs/{run_id}/log", summary="The log of a run", **guard("admin", _200=_text("text/plain")))
+@router.get("/v1/runs/{run_id}/log", summary="The log of a run", **allow("admin", _200=_text("text/plain")))
 def _run_log(request: Request, run_id: RunText) -> Response:
     "The end of it (64 kB), without secrets, if the run was on this machine."
     row = _row_of(api_of(request), run_id)

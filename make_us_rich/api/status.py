@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from ..core.database import ping
 from .refusals import Refusal
-from .routing import api_of, guard, json_answer, router
+from .routing import api_of, allow, json_answer, router
 
 # %% ../../nbs/07_api/13_status.ipynb #2d273f49
 class Health(BaseModel):
@@ -24,30 +24,30 @@ class Health(BaseModel):
     status: str
 
 
-@router.get("/healthz", summary="The process is alive", **guard("public", Health))
+@router.get("/healthz", summary="The process is alive", **allow("public", Health))
 async def _healthz(request: Request) -> Response:
     "Nothing else is looked at."
     return Response(b'{"status":"alive"}', media_type="application/json")
 
 
-@router.get("/readyz", summary="Calls can be answered", **guard("public", Health))
+@router.get("/readyz", summary="Calls can be answered", **allow("public", Health))
 def _readyz(request: Request) -> Response:
     "The database answers and at least one verified model is loaded, of whichever pair and interval."
     api = api_of(request)
     ping(api.engine)
-    if not any(state.model for state in api.states.values()):
+    if not any(state.choice.model for state in api.states.values()):
         text = "no verified model is loaded yet; train and publish one, or wait for the store"
         raise Refusal(503, "not_ready", text, {"Retry-After": "5"})
     return json_answer({"status": "ready"})
 
 
-@router.get("/v1/status", summary="What the service knows about itself", **guard("admin", dict[str, Any]))
+@router.get("/v1/status", summary="What the service knows about itself", **allow("admin", dict[str, Any]))
 def _status(request: Request) -> Response:
     "Pairs with their problems; sentences may name files and hosts, so admins only."
     return json_answer(api_of(request).service.status())
 
 
-@router.get("/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse, **guard("local"))
+@router.get("/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse, **allow("local"))
 def _metrics(request: Request) -> Response:
     "For programs on this machine, and for admins."
     api = api_of(request)
@@ -56,7 +56,7 @@ def _metrics(request: Request) -> Response:
         if state.answer and state.answer.forecast.as_of:
             lag = now - pd.Timestamp(state.answer.forecast.as_of)
             metrics.candle_lag.labels(series.name).set(lag.total_seconds())
-        if state.model:
-            age = now - pd.Timestamp(state.model.manifest.cutoff)
+        if model := state.choice.model:
+            age = now - pd.Timestamp(model.manifest.cutoff)
             metrics.model_age.labels(series.name).set(age.total_seconds())
     return PlainTextResponse(metrics.text())

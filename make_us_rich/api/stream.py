@@ -19,7 +19,7 @@ from ..core.settings import MakeUsRichError, Ticks
 from ..serving.events import Event, Subscription
 from .refusals import Refusal
 from .limits import STREAM
-from .routing import address_of, api_of, guard, router
+from .routing import address_of, api_of, allow, router
 
 # %% ../../nbs/07_api/10_stream.ipynb #ae556512
 PRIVATE = ("degraded", "recovered")  # their reasons name files and hosts
@@ -68,7 +68,7 @@ async def _reader(request: Request) -> AsyncIterator[Subscription]:
     STREAM,
     summary="News as they happen, as server-sent events",
     response_class=EventSourceResponse,
-    **guard("counted", _200=SSE),
+    **allow("counted", _200=SSE),
 )
 async def _stream(request: Request, reader: Annotated[Any, Depends(_reader)]) -> AsyncIterator[ServerSentEvent]:
     "Read it with `curl -N` or the browser's EventSource; it ends after an hour, then open it again."

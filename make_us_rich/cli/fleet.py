@@ -14,15 +14,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from ..core.settings import MakeUsRichError, get_settings
+from ..core.settings import MakeUsRichError, Settings, get_settings
 from ..core.processes import end_tree, exit_with_parent, start_with_parent
-from .output import app, new_console, say
+from .output import app, new_console, new_table, say
+
+if TYPE_CHECKING:
+    from make_us_rich.schedule.plan import Plan
 
 # %% ../../nbs/11_cli/08_fleet.ipynb #908b7e87
 SERVER = "http://127.0.0.1:4200/api"
@@ -35,6 +37,14 @@ PrefectOption = Annotated[
 PoolOption = Annotated[str, typer.Option(help="Name of the work pool.")]
 
 
+def _plan_of(pairs: list[str] | None, file: Path | None, settings: Settings) -> "Plan":
+    "The pairs that were named, or those of the list."
+    from make_us_rich.schedule.plan import PlanFile, read_plan
+
+    named = "\n".join(f"- {pair}" for pair in pairs or [])
+    return read_plan(named) if named else PlanFile(file or settings.home / "pairs.yaml").plan
+
+# %% ../../nbs/11_cli/08_fleet.ipynb #74d8e543
 @app.command(
     "deploy-schedule",
     epilog="Examples: [bold]mkrich deploy-schedule BTC_USDT ETH_USDT[/] | "
@@ -66,14 +76,9 @@ def deploy_schedule(
         register,
         warn_of_one_host,
     )
-    from make_us_rich.schedule.plan import PlanFile, read_plan
 
     settings = get_settings()
-    plan = (
-        read_plan("\n".join(f"- {pair}" for pair in pairs))
-        if pairs
-        else PlanFile(file or settings.home / "pairs.yaml").plan
-    )
+    plan = _plan_of(pairs, file, settings)
     python, server = find_prefect(prefect), check_server(server)
     migrate(connect(settings.db_url))
     done = register(deployments(plan, pool, limit, sweep), python, engine_environment(settings, server))
@@ -120,7 +125,7 @@ def fleet_server(
     environment |= {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
     _become(find_prefect(prefect), ["server", "start", "--host", host, "--port", str(port)], environment)
 
-
+# %% ../../nbs/11_cli/08_fleet.ipynb #809f1b2e
 def _run_sweeper(python: str, server: str, *words: str) -> None:
     "Run a worker of Prefect, and end it in order."
     from make_us_rich.schedule.fleet import engine_environment
@@ -153,19 +158,8 @@ def fleet_worker(
     environment, name = engine_environment(settings, server), name or socket.gethostname()
     start = ["worker", "start", "--pool", pool, "--type", "process"]
     # a worker of its own for the sweep: it must run when all places are taken
-    start_with_parent(
-        _run_sweeper,
-        str(python),
-        server,
-        *start,
-        "--name",
-        f"{name} sweep",
-        "--limit",
-        "1",
-        "--work-queue",
-        "sweep",
-        patience=15,
-    )
+    sweep = [*start, "--name", f"{name} sweep", "--limit", "1", "--work-queue", "sweep"]
+    start_with_parent(_run_sweeper, str(python), server, *sweep, patience=15)
     _become(python, [*start, "--name", name, "--limit", str(jobs), "--work-queue", "train"], environment)
 
 # %% ../../nbs/11_cli/08_fleet.ipynb #8663b952
@@ -210,20 +204,13 @@ def fleet_plan(
     ] = False,
 ) -> None:
     "The runs that the ledger misses now; closes what dead hosts left."
-    from make_us_rich.schedule.plan import PlanFile, read_plan
 
     if as_json:
         return _answer(_missing)
     settings = get_settings()
-    plan = (
-        read_plan("\n".join(f"- {pair}" for pair in pairs))
-        if pairs
-        else PlanFile(file or settings.home / "pairs.yaml").plan
-    )
+    plan = _plan_of(pairs, file, settings)
     wanted = _missing({"plan": plan, "tickets": []})[0]["wanted"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "attempt", "why"):
-        table.add_column(name, overflow="fold")
+    table = new_table("run", "attempt", "why")
     for run in wanted:
         table.add_row(escape(run["run_id"]), str(run["attempt"]), escape(run["why"]))
     new_console().print(table if wanted else "nothing is missing")

@@ -32,11 +32,13 @@ from make_us_rich.cli.output import (
     SomePairs,
     app,
     new_console,
+    new_table,
     only_interval,
     report_path,
     say,
     series_list,
     show_progress,
+    subject,
     worst_code,
 )
 from .train import train_and_tell
@@ -56,17 +58,13 @@ def forecast_table(forecasts: "list[Forecast]", width: int = 120) -> list[Table]
     if len(rows) == 1 or width < 110:
         return [_card(row) for row in rows]
     columns = ["pair", "target", "last close", "median", "50 % range", "80 % range", "95 % range", "P(up)"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("pair", "target") else "right", overflow="fold")
+    table = new_table(*columns, right=columns[2:])
     for row in rows:
         table.add_row(*(escape(row.get(name, "none" if name == "median" else "")) for name in columns))
     notes = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
-        notes.add_row(
-            f"[bold]{escape(row['pair'])}[/]",
-            escape("; ".join(row[k] for k in ("no forecast", "as of", "model", "reliability", "source") if k in row)),
-        )
+        known = [row[k] for k in ("no forecast", "as of", "model", "reliability", "source") if k in row]
+        notes.add_row(f"[bold]{escape(row['pair'])}[/]", escape("; ".join(known)))
     return [table, notes]
 
 
@@ -98,18 +96,17 @@ def forecast(
 ) -> None:
     "Forecast the next candle: median, ranges, P(up), how old and how reliable."
     named = series_list(pairs, interval)
-    shown = _ask_api(api, token, named, interval) if api else _compute(named, interval)
+    shown = _ask_api(api, token, named, interval) if api else _compute(named, interval, get_settings())
     _finish(shown, as_json)
 
 
-def _compute(named: "list[Series]", interval: str | None) -> "list[Forecast]":
+def _compute(named: "list[Series]", interval: str | None, settings: Settings) -> "list[Forecast]":
     "Forecasts of these series, or of all that can be served, from the stored models and the exchange."
     from make_us_rich.market.candle_store import CandleStore
     from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.registry.store import ModelStore, served_series
     from make_us_rich.serving.forecasting import ModelLoader, forecast_pair
 
-    settings = get_settings()
     models, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
     wanted = named or only_interval(served_series(models.series(), settings.candles_dir), interval)
     if not wanted:
@@ -118,7 +115,7 @@ def _compute(named: "list[Series]", interval: str | None) -> "list[Forecast]":
     loader, client = ModelLoader(models), BinanceClient(settings.exchange_url)
     return [forecast_pair(s, loader, candles, client) for s in wanted]
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #afcefd8e
 def _ask_api(url: str, token: str | None, named: "list[Series]", interval: str | None) -> "list[Forecast]":
     "The same from a service."
     from make_us_rich.api.client import Client
@@ -162,12 +159,10 @@ def models(
     from make_us_rich.market.series import Series
     from make_us_rich.registry.store import ModelStore
 
-    store, named = ModelStore(get_settings().store_url), Series.parse(pair, interval) if pair else None
-    chosen = only_interval(store.series(), interval)
-    if named is not None:
-        of_pair = [series for series in chosen if series.pair == named.pair]
-        chosen = [series for series in of_pair if series == named] if _names_interval(pair) else of_pair
+    store, wanted = ModelStore(get_settings().store_url), subject(pair, interval)
+    chosen = [s for s in only_interval(store.series(), interval) if wanted in (None, s, s.pair)]
     if not chosen:
+        named = Series.parse(pair, interval) if pair else None
         what = f"model of {named.name}" if named else "model"
         remedy = f"mkrich train {pair_argument(named)}" if named else "mkrich train BTC_USDT"
         raise ForecastUnavailable(f"no {what} is published yet; train one with `{remedy}`", "no_model")
@@ -175,30 +170,16 @@ def models(
         new_console().print(_models_table(store, series), "")
 
 
-def _names_interval(pair: str | None) -> bool:
-    "Whether a pair is written with its interval."
-    from make_us_rich.market.series import MINUTES
-
-    return (pair or "").rpartition("/")[2] in MINUTES
-
-
 def pair_argument(series: "Series") -> str:
     "A series as it is typed."
     return str(series.pair) if str(series.interval) == "1h" else str(series)
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #8cc2c702
 def _models_table(store: "ModelStore", series: "Series") -> Table:
     "All versions of a series."
-    table = Table(
-        title=f"{series.pair} {series.interval}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
-    for name in ("", "version", "recipe", "CRPS / base", "80 % held", "verdict"):
-        table.add_column(name, justify="right" if name in ("CRPS / base", "80 % held") else "left", overflow="fold")
+    right, title = ("CRPS / base", "80 % held"), f"{series.pair} {series.interval}"
+    looks = {"title": title, "title_justify": "left", "title_style": "bold"}
+    table = new_table("", "version", "recipe", *right, "verdict", right=right, **looks)
     for info in store.versions(series):
         mark, m = "champion" if info.champion else "", info.manifest
         if m is None or info.problem:
@@ -265,7 +246,7 @@ def _fetch(series: "Series", settings: Settings) -> int:
         return e.exit_code
     return 0
 
-
+# %% ../../nbs/11_cli/03_look.ipynb #9d07fa03
 @app.command(
     epilog="Examples: [bold]mkrich replay[/] | [bold]mkrich replay --file my.csv --pair ETH_USDT --speed 3600[/]"
 )
@@ -333,18 +314,12 @@ def demo(pair: Annotated[str, typer.Option(help="BTC_USDT or SOL_USDT.")] = "BTC
 
 def _train_and_forecast(series: "Series", settings: Settings) -> "tuple[Outcome, Forecast]":
     "The road of the demo; it ends where a run does."
-    from make_us_rich.market.candle_store import CandleStore
-    from make_us_rich.market.exchange import BinanceClient
     from make_us_rich.models.recipe import load_recipe
-    from make_us_rich.registry.store import ModelStore
-    from make_us_rich.serving.forecasting import forecast_pair
 
     outcome = train_and_tell(series, load_recipe("default"), settings)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
-    store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
-    client = BinanceClient(settings.exchange_url)
-    return outcome, forecast_pair(series, store, candles, client)
+    return outcome, _compute([series], None, settings)[0]
 
 
 def _came(shown: "Forecast", came: Any) -> str:

@@ -7,17 +7,23 @@ __all__ = ['alerts_app', 'schedule', 'pretrain', 'runs', 'alerts_test', 'sync_wa
 
 # %% ../../nbs/11_cli/06_operating.ipynb #e30578aa
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from ..core.settings import get_settings, system_clock
-from .output import IntervalOption, app, new_console, parse_overrides, say, series_list
+from make_us_rich.cli.output import (
+    Assignments,
+    IntervalOption,
+    app,
+    new_console,
+    parse_overrides,
+    say,
+    series_list,
+    subject,
+)
 from .train import open_run_ledger, train_one
-
-if TYPE_CHECKING:
-    from make_us_rich.market.series import Pair, Series
 
 # %% ../../nbs/11_cli/06_operating.ipynb #f9ae1753
 @app.command(
@@ -47,12 +53,10 @@ def schedule(
     from make_us_rich.schedule.schedule import Options, Schedule, run_forever, run_once, schedule_table
 
     settings = get_settings()
-    plan = (
-        read_plan("\n".join(f"- {pair}" for pair in pairs)) if pairs else PlanFile(file or settings.home / "pairs.yaml")
-    )
-    work = Schedule(
-        settings, plan, Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url)
-    )
+    named = "\n".join(f"- {pair}" for pair in pairs or [])
+    plan = read_plan(named) if named else PlanFile(file or settings.home / "pairs.yaml")
+    options = Options(jobs=jobs, alert_urls=settings.alert_urls, heartbeat_url=settings.heartbeat_url)
+    work = Schedule(settings, plan, options)
     console = new_console()
     if once:
         states = run_once(work)
@@ -76,10 +80,7 @@ def pretrain(
             metavar="[PAIR...]",
         ),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
-    ] = None,
+    assignments: Assignments = None,
     interval: IntervalOption = None,
 ) -> None:
     "Train one network on all pairs together; `mkrich train PAIR --recipe finetune` goes on from it."
@@ -123,17 +124,7 @@ def runs(
         new_console().print(run_card(ledger.find(show)))
     else:
         after = None if since is None else system_clock() - pd.Timedelta(hours=since)
-        new_console().print(runs_table(ledger.rows(_wanted(pair, interval), state, after, limit)))
-
-
-def _wanted(pair: str, interval: str | None) -> "Series | Pair | None":
-    "A series, or a pair with all its intervals, or all."
-    from make_us_rich.market.series import MINUTES, Series
-
-    if not pair:
-        return None
-    series = Series.parse(pair, interval)
-    return series if interval or pair.rpartition("/")[2] in MINUTES else series.pair
+        new_console().print(runs_table(ledger.rows(subject(pair, interval), state, after, limit)))
 
 # %% ../../nbs/11_cli/06_operating.ipynb #cd870249
 alerts_app = typer.Typer(help="Alerts: where they go, and whether they arrive.", no_args_is_help=True)

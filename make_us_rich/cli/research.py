@@ -16,7 +16,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.settings import CandleError, ExchangeError, GateRefused, Settings, get_settings
-from .output import IntervalOption, OnePair, app, new_console, parse_overrides, say
+from make_us_rich.cli.output import (
+    Assignments,
+    IntervalOption,
+    OnePair,
+    app,
+    new_console,
+    new_table,
+    parse_overrides,
+    say,
+)
 
 if TYPE_CHECKING:
     from make_us_rich.runs.runner import Execution
@@ -50,10 +59,8 @@ def _number(value: Any, digits: int) -> str:
 
 def _frame_table(frame: Any, digits: int = 3) -> Table:
     "A pandas frame as a rich table."
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in frame.columns:
-        table.add_column(str(name), justify="right", overflow="fold")
+    names = [str(name) for name in frame.columns]
+    table = new_table("", *names, right=names)
     for name, row in frame.iterrows():
         table.add_row(escape(str(name)), *(_number(value, digits) for value in row))
     return table
@@ -61,9 +68,7 @@ def _frame_table(frame: Any, digits: int = 3) -> Table:
 # %% ../../nbs/11_cli/07_research.ipynb #6e02ff10
 def _verdict_table(verdict: Any) -> Table:
     "Checks of a verdict: what, found."
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "check", "found"):
-        table.add_column(title, overflow="fold", no_wrap=title == "check")
+    table = new_table("", "check", "found")
     for check in verdict.checks:
         mark = "[green]ok[/]"
         if not check.passed:
@@ -237,10 +242,7 @@ def gate(
 def leaktest(
     pair: OnePair,
     recipe: Annotated[str, typer.Option(help="'default' or the path of a YAML file.")] = "default",
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
-    ] = None,
+    assignments: Assignments = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="The newest 4,000 candles and 80 steps: seconds instead of a minute.")
     ] = False,

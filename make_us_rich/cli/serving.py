@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from ..core.settings import ForecastUnavailable, get_settings, system_clock, utc_iso
-from .output import IntervalOption, SomePairs, app, new_console, only_interval, say, series_list
+from make_us_rich.cli.output import (
+    IntervalOption,
+    SomePairs,
+    app,
+    new_console,
+    new_table,
+    only_interval,
+    say,
+    series_list,
+)
 
 if TYPE_CHECKING:
     from make_us_rich.market.series import Series
@@ -62,14 +70,6 @@ def _database() -> "Iterator[Session]":
     finally:
         engine.dispose()
 
-
-def _plain_table(*columns: str) -> Table:
-    "A table with these columns."
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
 # %% ../../nbs/11_cli/05_serving.ipynb #2801d629
 @users_app.command(
     "add", epilog="Examples: [bold]mkrich users add ann[/] | [bold]mkrich users add bob --admin --password[/]"
@@ -100,7 +100,7 @@ def list_all() -> None:
     "List the users with what they used this month."
     from make_us_rich.api.accounts import list_users, usage
 
-    now, table = system_clock(), _plain_table("name", "role", "state", "calls this month", "since")
+    now, table = system_clock(), new_table("name", "role", "state", "calls this month", "since")
     with _database() as s:
         for user in list_users(s):
             allowance = usage(s, user, get_settings().monthly_calls, now)
@@ -168,7 +168,7 @@ def list_keys(
     "List tokens by their first characters."
     from make_us_rich.api.accounts import get_user, list_tokens, list_users
 
-    table = _plain_table("number", "user", "name", "begins with", "created", "expires", "last used", "state")
+    table = new_table("number", "user", "name", "begins with", "created", "expires", "last used", "state")
     with _database() as s:
         names = {u.id: u.name for u in list_users(s)}
         for t in list_tokens(s, get_user(s, user) if user else None):
@@ -196,11 +196,7 @@ def revoke(number: Annotated[int, typer.Argument(help="Number of the token, see 
 # %% ../../nbs/11_cli/05_serving.ipynb #1f1b8afe
 def _recorded(ledger: "Ledger", pairs: list[str] | None, interval: str | None) -> "list[Series]":
     "The series that were named, or all that are on record."
-    from make_us_rich.market.series import MINUTES, Series
-
-    steps = [interval] if interval else list(MINUTES)
-    found = {Series.parse(row.pair, step) for step in steps for row in ledger.rows(None, step, limit=10_000)}
-    wanted = series_list(pairs, interval) or only_interval(found, interval)
+    wanted = series_list(pairs, interval) or only_interval(ledger.series(), interval)
     if not wanted:
         remedy = "they are written down while `mkrich serve` runs"
         raise ForecastUnavailable(f"no forecast is on record yet; {remedy}", "no_record")
@@ -222,7 +218,7 @@ def record(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     "How the forecasts that were served turned out, pair by pair."
     ledger = _open_ledger()
     for series in _recorded(ledger, pairs, interval):
-        new_console().print(ledger.track_record(series.pair, interval=series.interval), "")
+        new_console().print(ledger.track_record(series), "")
 
 
 @app.command(epilog="Examples: [bold]mkrich verify[/] | [bold]mkrich verify BTC_USDT BTC_USDT/4h[/]")
@@ -234,4 +230,4 @@ def verify(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     settings, ledger = get_settings(), _open_ledger()
     store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
     for series in _recorded(ledger, pairs, interval):
-        new_console().print(ledger.verify(series.pair, store, candles, series.interval))
+        new_console().print(ledger.verify(series, store, candles))

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..core.settings import MakeUsRichError, Settings, get_settings
 from make_us_rich.cli.output import (
+    Assignments,
     IntervalOption,
     Pairs,
     app,
@@ -38,10 +39,7 @@ if TYPE_CHECKING:
 def train(
     pairs: Pairs,
     recipe: Annotated[str, typer.Option(help="'default', 'original' or the path of a YAML file.")] = "default",
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one number of the recipe; repeat for more.", metavar="NAME=VALUE"),
-    ] = None,
+    assignments: Assignments = None,
     history_days: Annotated[int | None, typer.Option(help="Days of candles to train on (MUR_HISTORY_DAYS).")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds that one run may take (MUR_DEADLINE).")] = None,
     interval: IntervalOption = None,
@@ -73,7 +71,7 @@ def train_one(
         say(f"mkrich: {e}")
         return e.exit_code
 
-
+# %% ../../nbs/11_cli/02_train.ipynb #93a201ad
 def train_and_tell(
     series: "Series", recipe: "Recipe", settings: Settings, feed: "tuple[Series, ...]" = ()
 ) -> "Outcome":

@@ -213,7 +213,7 @@ def _start_all(care: Supervisor, options: UpOptions, settings: Settings, new: li
             care.start(part)
             say(f"{part.name}: {part.state}")
 
-
+# %% ../../nbs/11_cli/09_up.ipynb #92dbbdd6
 def _train_first(care: Supervisor, training: ManagedProcess) -> None:
     "Train what has no model, before anything opens; it ends with Ctrl-C too."
     try:

@@ -93,15 +93,13 @@ class Settings(BaseSettings):
         "", pattern=r"^$|^\w+://.*$", description="model store: file://, s3://, gs://, az://; empty: <home>/models"
     )
     candles_url: str = Field(
-        "",
-        pattern=r"^$|^\w+://.*$",
-        description="shared copy of the candles for many hosts: s3://...; empty: each host fetches its own",
+        "", pattern=r"^$|^\w+://.*$", description="shared copy of the candles for many hosts; empty: each has its own"
     )
     database_url: str = Field(
         "",
         pattern=r"^$|^(sqlite|postgres)\S*://.*$",
         repr=False,
-        description="record and users; empty: <home>/mkrich.db (SQLite)",
+        description="record and users; empty: SQLite in <home>",
     )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8750, ge=0, le=65_535, description="port of the API")
@@ -114,10 +112,7 @@ class Settings(BaseSettings):
         "", repr=False, description="where alerts go: apprise addresses, separated by blanks or commas"
     )
     heartbeat_url: str = Field(
-        "",
-        repr=False,
-        pattern=r"^$|^https?://\S+$",
-        description="called while all is well; whoever watches it misses the calls",
+        "", repr=False, pattern=r"^$|^https?://\S+$", description="called while all is well, for who misses the calls"
     )
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")

@@ -6,10 +6,12 @@
 __all__ = ['write_atomic', 'sync_folder']
 
 # %% ../../nbs/01_core/04_storage.ipynb #991e69cd
+import asyncio
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +55,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 # %% ../../nbs/01_core/04_storage.ipynb #a27050e9
+def _link_above(root: Path, key: str) -> Path | None:
+    "The link that leads to an object of a folder, None if there is none."
+    return next((part for part in [Path(key), *Path(key).parents][:-1] if (root / part).is_symlink()), None)
+
+
+def _remote(url: str) -> Any:
+    "A store that is no folder, with patience of our own."
+    if url.startswith("memory:"):
+        return from_url(url)
+    plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # options given here hide the variable
+    return from_url(
+        url,
+        retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=20)},
+        client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain},
+    )
+
+# %% ../../nbs/01_core/04_storage.ipynb #760d438e
 class Objects:
     "Named objects below one URL: read whole, created once, replaced only by one who saw what is replaced."
 
@@ -66,20 +85,7 @@ class Objects:
                 if parts.netloc or len(parts.path) < 2:
                     raise OSError("a file URL has three slashes and a full path, like file:///home/me/models")
                 self.root = Path(url2pathname(parts.path))
-                self.store: Any = LocalStore(self.root, mkdir=True)
-            elif parts.scheme == "memory":
-                self.store = from_url(url)
-            else:
-                patience: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
-                plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in (
-                    "1",
-                    "true",
-                )  # options given here hide the variable
-                self.store = from_url(
-                    url,
-                    retry_config=patience,
-                    client_options={"timeout": "20s", "connect_timeout": "5s", "allow_http": plain},
-                )
+            self.store: Any = LocalStore(self.root, mkdir=True) if self.root else _remote(url)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -94,37 +100,75 @@ class Objects:
 
     def lock(self, folder: str) -> AbstractContextManager[object]:
         "One writer at a time below `folder`; only folders need it (and have it)."
-        if self.root is None:
+        if (place := self.place(folder)) is None:
             return nullcontext()
         with self._told("locked"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-            return FileLock(self.root / folder / "store.lock", timeout=60).acquire()
+            place.mkdir(parents=True, exist_ok=True)
+            return FileLock(place / "store.lock", timeout=60).acquire()
+
+    def place(self, key: str) -> Path | None:
+        "Where an object lies if this is a folder; `StoreError` if a link leads to it: a link can lead anywhere."
+        if self.root is not None and (link := _link_above(self.root, key)):
+            rule = f"{link} in {self.url} is a link, and a store reads only files of its own"
+            raise StoreError(f"{rule}; put the file itself there, or remove it", "damaged_version")
+        return self.root / key if self.root else None
 
     def read(self, key: str, limit: int) -> bytes | None:
         "The whole object, None if there is none; one larger than `limit` is refused before a byte is fetched."
+        return self.read_with_tag(key, limit)[0]
+
+    def read_with_tag(self, key: str, limit: int) -> tuple[bytes | None, dict[str, Any]]:
+        "The whole object, and what a write names that must not go over another's head."
+        self.place(key)
         with self._told("read"):
             try:
                 found = obs.get(self.store, key)
             except FileNotFoundError:
-                return None
+                return None, {}
             if (size := found.meta["size"]) > limit:
                 rule = f"has {size:,} bytes, more than the {limit:,} allowed"
                 raise StoreError(
                     f"{key} in {self.url} {rule}; it was not fetched, remove it or train again", "too_large"
                 )
-            return bytes(found.bytes())
+            return bytes(found.bytes()), {k: found.meta[k] for k in ("e_tag", "version") if found.meta[k]}
+
+# %% ../../nbs/01_core/04_storage.ipynb #mur74285223
+MOST_NAMES, LONGEST_LISTING = 100_000, 60.0  # objects, seconds
+
+
+async def _listed(objects: Objects, prefix: str) -> dict[str, dict[str, Any]]:
+    "What is known of each object, by its name."
+    found: dict[str, dict[str, Any]] = {}
+    async for page in obs.list(objects.store, prefix or None, chunk_size=100):
+        told = {each["path"]: dict(each) for each in page}
+        if told.keys() & found.keys():
+            raise ValueError("it tells the same names again and again")
+        found |= told
+        if len(found) > MOST_NAMES:
+            raise ValueError(f"it has more than {MOST_NAMES:,} objects; remove what is not ours")
+    return found
+
+
+def list_objects(objects: Objects, prefix: str = "", seconds: float = LONGEST_LISTING) -> list[dict[str, Any]]:
+    "`path`, `size`, `last_modified` of each object below a prefix; `StoreError` if the store comes to no end."
+    with objects._told("listed"), ThreadPoolExecutor(1) as pool:  # the caller's thread may have a loop of its own
+        try:
+            return list(pool.submit(asyncio.run, asyncio.wait_for(_listed(objects, prefix), seconds)).result().values())
+        except TimeoutError:
+            raise ValueError(f"it did not come to an end within {seconds:g} s") from None
 
 # %% ../../nbs/01_core/04_storage.ipynb #f96d4d69
 def create(objects: Objects, key: str, data: bytes) -> bool:
     "Write a new object; False (and no change) if the name is taken. In a folder it is on the disk when this returns."
+    place = objects.place(key)
     with objects._told("written"):
         try:
             obs.put(objects.store, key, data, mode="create")
             created = True
         except AlreadyExistsError:
             created = False
-        if objects.root is not None:
-            with (objects.root / key).open("rb") as f:
+        if place is not None and objects.root is not None:
+            with place.open("rb") as f:
                 os.fsync(f.fileno())
             for parent in Path(key).parents:
                 sync_folder(objects.root / parent)
@@ -133,9 +177,10 @@ def create(objects: Objects, key: str, data: bytes) -> bool:
 
 def replace(objects: Objects, key: str, data: bytes) -> None:
     "Write an object in one step, whatever was there before."
+    place = objects.place(key)
     with objects._told("written"):
-        if objects.root is not None:
-            write_atomic(objects.root / key, data)
+        if place is not None:
+            write_atomic(place, data)
         else:
             obs.put(objects.store, key, data)
 
@@ -156,17 +201,8 @@ def change(objects: Objects, key: str, new: Callable[[bytes | None], bytes | Non
     folder = key.rpartition("/")[0]
     for _ in range(50):
         with objects.lock(folder):
-            old, mode = None, "create"  # type: tuple[bytes | None, Any]
-            if objects.root is not None:
-                old = objects.read(key, limit)
-            else:
-                with objects._told("read"):
-                    try:
-                        found = obs.get(objects.store, key)
-                        old = bytes(found.bytes())
-                        mode = {k: found.meta[k] for k in ("e_tag", "version") if found.meta[k]}
-                    except FileNotFoundError:
-                        pass
+            old, tag = objects.read_with_tag(key, limit)
+            mode: Any = tag if old is not None else "create"
             if (data := new(old)) is None:
                 return
             if objects.root is not None:

@@ -95,7 +95,7 @@ class ProcessFailed(MakeUsRichError):
 
     default_reason = "process_failed"
 
-
+# %% ../../nbs/01_core/09_supervisor.ipynb #004575a7
 class Supervisor:
     "Starts processes, restarts those that die, ends all; `say` gets a sentence about each change."
 
@@ -153,7 +153,7 @@ class Supervisor:
         for managed in reversed(self.processes):
             end_managed(managed)
 
-
+# %% ../../nbs/01_core/09_supervisor.ipynb #6718855b
 def how_it_ended(code: int | None) -> str:
     "An exit status in words."
     if code is None:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BADGES', 'STATES', 'LOG', 'ladder', 'forecast_card', 'series_card', 'after_fees', 'fees_sentence', 'tiles', 'rules',
            'history_line', 'history_table', 'usage_card', 'snippets', 'token_line', 'user_line', 'health_line',
-           'health_table', 'runs_table', 'version_line']
+           'health_table', 'runs_html', 'version_line']
 
 # %% ../../nbs/10_dashboard/05_cards.ipynb #008a9959
 from ..core.words import cutoff_text, price_text
 from ..api.client import Plain
 from .state import PageState
-from .templates import minutes_between, noun, render, series_name, series_of, span
+from .templates import minutes_between, noun, render, series_name, series_key, span
 
 # %% ../../nbs/10_dashboard/05_cards.ipynb #8efcd125
 def ladder(forecast: Plain) -> Plain:
@@ -45,7 +45,7 @@ def _ages(forecast: Plain, now: str) -> Plain:
 
 def forecast_card(forecast: Plain, now: str = "") -> str:
     "A forecast, or why there is none."
-    facts = _ages(forecast, now) | {"name": series_name(series_of(forecast))}
+    facts = _ages(forecast, now) | {"name": series_name(series_key(forecast))}
     if forecast["status"] != "ok":
         return render("forecast", forecast=forecast, **facts)
     low, high = span(forecast, 80)
@@ -68,7 +68,7 @@ def series_card(line: Plain) -> Plain:
     forecast, closes = line.get("forecast") or {}, line.get("closes") or []
     badge = line.get("badge")
     colour = badge if badge in BADGES else "grey"
-    names = {"series": series_of(line), "name": series_name(series_of(line)), "badge": colour, "word": BADGES[colour]}
+    names = {"series": series_key(line), "name": series_name(series_key(line)), "badge": colour, "word": BADGES[colour]}
     card = names | _prices(forecast, closes) | {"closes": closes, "problem": "", "range": "", "rise": ""}
     if forecast.get("status") == "ok":
         last = forecast["last_close"]
@@ -162,7 +162,7 @@ def health_line(line: Plain, now: str, status: Plain) -> Plain:
     forecast, as_of = line.get("forecast") or {}, (line.get("forecast") or {}).get("as_of") or ""
     told = [str(text) for text in (status.get("problems") or {}).values() if text]
     return {
-        "name": series_name(series_of(line)),
+        "name": series_name(series_key(line)),
         "status": forecast.get("status"),
         "as_of": as_of,
         "age": minutes_between(as_of, now) if as_of and now else None,
@@ -173,8 +173,8 @@ def health_line(line: Plain, now: str, status: Plain) -> Plain:
 
 def health_table(state: PageState, status: Plain | None) -> str:
     "The data of each series, and what the service says is wrong."
-    told = {series_of({"interval": "1h"} | line): line for line in (status or {}).get("pairs", [])}
-    lines = [health_line(line, state.now, told.get(series_of(line), {})) for line in state.lines]
+    told = {series_key({"interval": "1h"} | line): line for line in (status or {}).get("pairs", [])}
+    lines = [health_line(line, state.now, told.get(series_key(line), {})) for line in state.lines]
     return render("health", lines=lines)
 
 # %% ../../nbs/10_dashboard/05_cards.ipynb #8f5b229f
@@ -182,7 +182,7 @@ STATES = {"published": "green", "failed": "red", "abandoned": "red"}
 LOG = "log:"
 
 
-def runs_table(runs: list[Plain]) -> str:
+def runs_html(runs: list[Plain]) -> str:
     "The newest runs: what was to be done, what became of it, and its report."
     return render("runs", runs=runs, colours=STATES)
 

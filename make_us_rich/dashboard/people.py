@@ -16,7 +16,7 @@ import ipywidgets as W
 from ..api.client import Plain, PlainClient, ApiError
 from make_us_rich.dashboard.cards import (
     health_table,
-    runs_table,
+    runs_html,
     snippets,
     token_line,
     usage_card,
@@ -208,7 +208,7 @@ class AdminView(W.VBox):
         self.users.children = [self._user(user) for user in users]
         status, runs = await self._or_none("/v1/status"), await self._or_none("/v1/runs?limit=30")
         self.health.value = health_table(self.state, status)
-        self.runs.value = runs_table(runs["runs"] if runs else [])
+        self.runs.value = runs_html(runs["runs"] if runs else [])
         self.title.value = render("title", text=f"Models of {self.state.name}")
         back = self.state.path("models", "/rollback")  # of the series that is shown now
         versions = (await self.api.ask("GET", self.state.path("models")))["versions"]

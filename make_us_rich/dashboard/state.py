@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ..api.client import Plain, PlainClient, ApiError
-from .templates import interval_minutes, minutes_between, render, series_name, series_of
+from .templates import interval_minutes, minutes_between, render, series_name, series_key
 
 # %% ../../nbs/10_dashboard/04_state.ipynb #6a7faf0f
 SLOW = 2.5  # seconds after which a viewer is told that the API takes long
@@ -40,7 +40,7 @@ class PageState:
     @property
     def forecast(self) -> Plain | None:
         "The forecast of the chosen series."
-        return next((line["forecast"] for line in self.lines if series_of(line) == self.series), None)
+        return next((line["forecast"] for line in self.lines if series_key(line) == self.series), None)
 
     @property
     def interval(self) -> str:
@@ -97,7 +97,7 @@ class PageState:
         if mine < self.asked:
             return  # somebody asked again meanwhile
         self.now, self.lines = told["now"], told["pairs"]
-        known = [series_of(line) for line in self.lines]
+        known = [series_key(line) for line in self.lines]
         if not known:
             return
         if self.series not in known:

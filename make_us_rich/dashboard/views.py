@@ -25,7 +25,7 @@ from make_us_rich.dashboard.widgets import (
     make_panel,
     make_picker,
 )
-from .templates import noun, render, series_of
+from .templates import noun, render, series_key
 
 # %% ../../nbs/10_dashboard/07_views.ipynb #5f92c0fb
 class ForecastView(W.Box):
@@ -47,7 +47,7 @@ class ForecastView(W.Box):
         )
         self.card.value = forecast_card(forecast, state.now) if forecast else f"<p>{nothing}</p>"
         self.legend.value = legend_html(state.interval)
-        if candles and series_of(candles) == state.series and candles["rows"]:
+        if candles and series_key(candles) == state.series and candles["rows"]:
             unit = noun(state.interval)
             label = f"Candles of {state.name}, with past ranges and the ranges of the next {unit}"
             self.chart.draw(forecast_figure(candles, forecast, state.history), label)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .scores import pit_counts
-from .plots import new_figure, set_title, twenty_bins
+from .plots import new_figure, set_time_axis, set_title, twenty_bins
 from .backtest import BacktestReport, coverage_by_week, skill_over_time
 
 if TYPE_CHECKING:
@@ -82,32 +82,18 @@ def plot_pit(report: BacktestReport) -> "Figure":
 # %% ../../nbs/04_evaluation/08a_backtest_plots.ipynb #1ce5f926
 def plot_skill_over_time(report: BacktestReport) -> "Figure":
     "The lines of `skill_over_time` and the cone of chance."
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
     table = skill_over_time(report)
     figure, ax = new_figure(height=3.2)
-    ax.fill_between(
-        table.index,
-        -table["chance"],
-        table["chance"],
-        color="#6b7280",
-        alpha=0.15,
-        linewidth=0,
-        label="no skill (95 %)",
-    )
+    band = {"color": "#6b7280", "alpha": 0.15, "linewidth": 0, "label": "no skill (95 %)"}
+    ax.fill_between(table.index, -table["chance"], table["chance"], **band)
     ax.axhline(0, color="black", linewidth=0.8)
     for i, name in enumerate(report.forecasts):
         ax.plot(table.index, table[name], color=_COLOURS[i % len(_COLOURS)], linewidth=1.2, label=name)
-    locator = AutoDateLocator(maxticks=8)
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    set_time_axis(ax)
     ax.set_ylabel("gain over the base,\nhours of its loss", fontsize=9)
     ax.legend(fontsize=8, frameon=False, ncols=4, loc="upper left")
     last = table.drop(columns="chance").iloc[-1]
     proved = "outside" if last.max() > table["chance"].iloc[-1] else "inside"
-    set_title(
-        ax,
-        report.pair,
-        f"{last.idxmax()} gained {last.max():.0f} of {len(table)} hours' loss, {proved} the cone of chance",
-    )
+    gained = f"{last.idxmax()} gained {last.max():.0f} of {len(table)} hours' loss"
+    set_title(ax, report.pair, f"{gained}, {proved} the cone of chance")
     return figure

@@ -232,7 +232,7 @@ def leaktest(
         _table(found, at), Verdict([_prefix(feature_effect(make, frame, probes)), *_checks(found, at, delays)])
     )
 
-
+# %% ../../nbs/04_evaluation/09_leaktest.ipynb #ef20a33d
 def _table(found: dict[str, np.ndarray], at: Judged) -> pd.DataFrame:
     "One row for each variant."
     rows, base = {}, crps(at.y, at.base).mean()

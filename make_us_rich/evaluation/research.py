@@ -29,13 +29,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['KEYS', 'ALL_LEVELS', 'with_keys', 'bare', 'load_sample', 'read', 'candles', 'to_columns', 'to_prices', 'Model',
-           'Base', 'HarT', 'LSTM', 'cross_validation', 'names_of', 'evaluate', 'gate', 'check', 'plot']
+__all__ = ['ALL_LEVELS', 'with_keys', 'bare', 'load_sample', 'read', 'candles', 'to_columns', 'to_prices', 'Model', 'Base',
+           'HarT', 'LSTM', 'cross_validation', 'names_of', 'evaluate', 'gate', 'check', 'plot']
 
 # %% ../../nbs/04_evaluation/10_research.ipynb #cab4f99e
-KEYS = ("unique_id", "ds", "y")
-
-
 def with_keys(frame: pd.DataFrame, series: str | Pair | Series) -> pd.DataFrame:
     "Candles with `unique_id` (the series), `ds` (open time, UTC) and `y` (close) in front."
     keys = {"unique_id": str(Series.parse(series)), "ds": frame["timestamp"], "y": frame["close"]}

@@ -289,15 +289,12 @@ def one_writer(path: Path, wait: float) -> Iterator[None]:
         lock.release()
 
 # %% ../../nbs/02_market/05_candle_store.ipynb #4f859e85
-_PATIENCE = pd.Timedelta(seconds=5)
-
-
 def _trusted(path: Path, series: Series, now: pd.Timestamp | None = None) -> _Stored | None:
     "What the file holds, None if there is none or if it had to be put aside; call it as the one writer."
     try:
         stored = open_candle_file(path.read_bytes(), series)
         newest = stored[0]["timestamp"].iloc[-1] + series.interval.delta
-        if now is None or newest <= now + _PATIENCE:
+        if now is None or newest <= now + pd.Timedelta("5s"):
             return stored
         problem = f"its newest candle ends at {utc_iso(newest)}, but the exchange says it is {utc_iso(now)}"
     except FileNotFoundError:
@@ -372,28 +369,29 @@ class CandleStore:
         self, series: Series | str, rows: int | None = None, start: Time | None = None, end: Time | None = None
     ) -> pd.DataFrame:
         "Stored candles that open from `start` to `end`, both included; of these at most the newest `rows`."
-        frame, _ = self._open(series)
+        frame, _ = _open(self, series)
         opens = frame["timestamp"]
         keep = (opens >= as_utc(start or opens.iloc[0])) & (opens <= as_utc(end or opens.iloc[-1]))
         return frame[keep].tail(len(frame) if rows is None else rows).reset_index(drop=True)
 
     def info(self, series: Series | str) -> Provenance:
         "Where the stored candles come from, and what they are."
-        return self._open(series)[1]
+        return _open(self, series)[1]
 
-    def _open(self, series: Series | str) -> _Stored:
-        "The table and its provenance; `CandleError` says how to get them where there are none."
-        series, path = Series.parse(series), self.path(series)
-        what = f"{series.interval} candles of {series.pair}"
-        option = "" if str(series.interval) == "1h" else f" --interval {series.interval}"
-        again = f"fetch them with: mkrich candles {series.pair}{option}"
-        try:
-            return open_candle_file(path.read_bytes(), series)
-        except FileNotFoundError:
-            raise CandleError(f"no {what} are stored in {self.root}; {again}", "no_candles") from None
-        except DamagedFile:
-            with one_writer(path, self.wait):
-                stored = _trusted(path, series)
-        if stored is None:
-            raise CandleError(f"the stored {what} were damaged and are now in {path}.bad; {again}", "damaged")
-        return stored
+# %% ../../nbs/02_market/05_candle_store.ipynb #ca77756b
+def _open(store: CandleStore, series: Series | str) -> _Stored:
+    "The table and its provenance; `CandleError` says how to get them where there are none."
+    series, path = Series.parse(series), store.path(series)
+    what = f"{series.interval} candles of {series.pair}"
+    option = "" if str(series.interval) == "1h" else f" --interval {series.interval}"
+    again = f"fetch them with: mkrich candles {series.pair}{option}"
+    try:
+        return open_candle_file(path.read_bytes(), series)
+    except FileNotFoundError:
+        raise CandleError(f"no {what} are stored in {store.root}; {again}", "no_candles") from None
+    except DamagedFile:
+        with one_writer(path, store.wait):
+            stored = _trusted(path, series)
+    if stored is None:
+        raise CandleError(f"the stored {what} were damaged and are now in {path}.bad; {again}", "damaged")
+    return stored

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, utc_iso
+from ..core.words import rows_markdown
 from .series import Interval, Pair
 
 # %% ../../nbs/02_market/02_candles.ipynb #afd2bcbf
@@ -112,22 +113,14 @@ class CandleReport:
 
     def _repr_markdown_(self) -> str:
         "The report as a table."
-        span = (
-            f"{utc_iso(self.first)} to {utc_iso(self.last)}"
-            if self.first is not None and self.last is not None
-            else "nothing"
-        )
+        span = "nothing"
+        if self.first is not None and self.last is not None:
+            span = f"{utc_iso(self.first)} to {utc_iso(self.last)}"
         gaps = "; ".join(map(str, self.gaps[:5])) + (f"; and {len(self.gaps) - 5} more" if len(self.gaps) > 5 else "")
         dropped = f"{self.invalid} invalid, {self.misaligned} misaligned, {self.duplicates} twice"
-        lines = [
-            "| candles | |",
-            "|---|---|",
-            f"| closed candles | {self.rows:,} |",
-            f"| open times | {span} |",
-            f"| gaps | {len(self.gaps)}, {self.missing} candles missing{': ' + gaps if self.gaps else ''} |",
-            f"| dropped | {dropped}, {self.unclosed} still open |",
-        ]
-        return "\n".join(lines)
+        missing = f"{len(self.gaps)}, {self.missing} candles missing{': ' + gaps if self.gaps else ''}"
+        rows = {"closed candles": f"{self.rows:,}", "open times": span, "gaps": missing}
+        return rows_markdown("candles", rows | {"dropped": f"{dropped}, {self.unclosed} still open"})
 
 # %% ../../nbs/02_market/02_candles.ipynb #66d613e3
 def _invalid(frame: pd.DataFrame, interval: Interval) -> pd.Series:

@@ -232,6 +232,16 @@ def _when(value: str | date, name: str) -> pd.Timestamp:
     return when
 
 
+def _span(start: str | date | None, end: str | date | None) -> tuple[pd.Timestamp, pd.Timestamp | None]:
+    "From when to when; the first candle and now where nothing is said."
+    first = pd.Timestamp(0, tz="UTC") if start is None else _when(start, "start")
+    stop = None if end is None else _when(end, "end")
+    if stop is not None and stop < first:
+        rule = f"a period ends after its start, but {utc_iso(stop)} is before {utc_iso(first)}"
+        raise SettingsError(f"{rule}; swap or change them")
+    return first, stop
+
+
 def _checked(found: tuple[pd.DataFrame, CandleReport, pd.Timestamp], step: Interval) -> pd.DataFrame:
     "The frame, checked once more, with its report and the exchange's clock in `attrs`."
     frame, report, now = found
@@ -282,34 +292,29 @@ class BinanceClient:
     ) -> pd.DataFrame:
         "Closed candles that open from `start` on (None: the first) and have closed by `end` (None: now)."
         pair, step = Pair.parse(symbol, compare), Interval.parse(interval)
-        first = pd.Timestamp(0, tz="UTC") if start is None else _when(start, "start")
-        stop = None if end is None else _when(end, "end")
-        if stop is not None and stop < first:
-            raise SettingsError(
-                f"a period ends after its start, but {utc_iso(stop)} is before {utc_iso(first)}; swap or change them"
-            )
-        return _checked(_period(self._wire, pair, step, first, stop, progress), step)
+        return _checked(_period(self._wire, pair, step, *_span(start, end), progress), step)
 
     def get_five_days_data(
         self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h"
     ) -> pd.DataFrame:
         "The last five days as a count of closed candles: 120 of one hour."
-        return self._days(5, symbol, compare, interval)
+        return _days(self, 5, symbol, compare, interval)
 
     def get_one_year_data(
         self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h"
     ) -> pd.DataFrame:
         "The last 365 days as a count of closed candles: 8,760 of one hour."
-        return self._days(365, symbol, compare, interval)
+        return _days(self, 365, symbol, compare, interval)
 
-    def _days(self, days: int, symbol: str | Pair, compare: str | None, interval: str | Interval) -> pd.DataFrame:
-        "So many days of closed candles, all of them or an error."
-        pair, rows = Pair.parse(symbol, compare), round(pd.Timedelta(days=days) / Interval.parse(interval).delta)
-        frame = self.newest(pair, interval, rows)
-        if len(frame) < rows:
-            first = utc_iso(frame["timestamp"].iloc[0])
-            raise CandleError(
-                f"need {rows:,} closed candles, have {len(frame):,}: {pair} begins {first}; ask for a shorter period",
-                "short_history",
-            )
-        return frame
+# %% ../../nbs/02_market/04_exchange.ipynb #e04e2889
+def _days(
+    client: BinanceClient, days: int, symbol: str | Pair, compare: str | None, interval: str | Interval
+) -> pd.DataFrame:
+    "So many days of closed candles, all of them or an error."
+    pair, rows = Pair.parse(symbol, compare), round(pd.Timedelta(days=days) / Interval.parse(interval).delta)
+    frame = client.newest(pair, interval, rows)
+    if len(frame) < rows:
+        rule = f"need {rows:,} closed candles, have {len(frame):,}"
+        begins = f"{pair} begins {utc_iso(frame['timestamp'].iloc[0])}"
+        raise CandleError(f"{rule}: {begins}; ask for a shorter period", "short_history")
+    return frame

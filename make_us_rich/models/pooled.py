@@ -10,12 +10,12 @@ __all__ = ['Span', 'first_test_candle', 'pool_cutoff', 'pair_data', 'member_bloc
 import base64
 import copy
 import io
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ from make_us_rich.models.batches import (
     dense_rows,
     prepare,
 )
-from .tracking import close_loggers, make_loggers
+from .tracking import open_loggers
 from make_us_rich.models.training import (
     TrainResult,
     batch_loss,
@@ -46,6 +46,7 @@ from make_us_rich.models.training import (
     follow,
     held_out_shrink,
     make_optimizer,
+    one_thread,
     quiet,
     training_bar,
     training_loop,
@@ -187,38 +188,24 @@ def pretrain(
     track: bool = True,
 ) -> PretrainResult:
     "Train one network on many checked histories; short pairs are left out. `track`: also in Weights & Biases."
-    clock, cpu = time.perf_counter(), time.process_time()
-    threads, step = torch.get_num_threads(), Interval.parse(interval)
+    step, rows = Interval.parse(interval), list[dict[str, float]]()
     cutoff = pool_cutoff(frames, recipe) if cutoff is None else cutoff
-    rows: list[dict[str, float]] = []
-    loggers = make_loggers(logger_dir, run_name or recipe.name, track)
-    torch.set_num_threads(1)
-    try:
-        with quiet(), training_bar(recipe, progress) as tell:
-            pool = usable(frames, cutoff, recipe, step)
-            if not pool:
-                raise CandleError(
-                    f"no pair has {recipe.chunk} candles in a row before {cutoff}; fetch longer histories",
-                    reason="short_history",
-                )
-            blocks = member_blocks(min(frames[name]["timestamp"].iloc[0] for name in pool), cutoff, recipe)
-            parts = [[hold_out(data, frames[name], block) for name, data in pool.items()] for block in blocks]
-            modules = [PooledDataModule(part, recipe, member) for member, part in enumerate(parts)]
+    with one_thread() as spent, quiet(), training_bar(recipe, progress) as tell:
+        pool = usable(frames, cutoff, recipe, step)
+        if not pool:
+            rule = f"no pair has {recipe.chunk} candles in a row before {cutoff}"
+            raise CandleError(f"{rule}; fetch longer histories", reason="short_history")
+        blocks = member_blocks(min(frames[name]["timestamp"].iloc[0] for name in pool), cutoff, recipe)
+        parts = [[hold_out(data, frames[name], block) for name, data in pool.items()] for block in blocks]
+        modules = [PooledDataModule(part, recipe, member) for member, part in enumerate(parts)]
+        with open_loggers(logger_dir, run_name or recipe.name, track) as loggers:
             members = [fit_member(module, loggers, rows, tell) for module in modules]
-        networks = [network for network, _ in members]
+        networks, facts = [network for network, _ in members], [fact for _, fact in members]
         forecaster = CandleForecaster(CandleFeatures(step.ms), networks, recipe.steps).eval()
         forecaster.shrink.fill_(held_out_shrink(networks, modules))
-    finally:
-        close_loggers(loggers)
-        torch.set_num_threads(threads)
-    pooled = Pooled(forecaster, recipe, step, cutoff, {name: data.split.test.start for name, data in pool.items()})
-    return PretrainResult(
-        pooled,
-        pd.DataFrame(rows),
-        [fact for _, fact in members],
-        time.perf_counter() - clock,
-        time.process_time() - cpu,
-    )
+        learned = {name: data.split.test.start for name, data in pool.items()}
+        pooled = Pooled(forecaster, recipe, step, cutoff, learned)
+        return PretrainResult(pooled, pd.DataFrame(rows), facts, *spent())
 
 # %% ../../nbs/03_models/09_pooled.ipynb #e5f56bd3
 def pack_weights(forecaster: CandleForecaster) -> str:
@@ -278,31 +265,12 @@ def _loss(recipe: Recipe, network: nn.Module, batches: Iterable[Batch]) -> float
 
 # %% ../../nbs/03_models/09_pooled.ipynb #15a1c75d
 def finetune(
-    frame: pd.DataFrame,
-    pooled: Pooled | None,
-    recipe: Recipe,
-    *,
-    interval: str | Interval = "1h",
-    logger_dir: Path | None = None,
-    progress: bool = True,
-    run_name: str | None = None,
-    track: bool = True,
+    frame: pd.DataFrame, pooled: Pooled | None, recipe: Recipe, *, interval: str | Interval = "1h", **scratch: Any
 ) -> TrainResult:
-    "A pooled network after a few steps on one pair's history; without one, the default recipe from scratch."
+    "A pooled network after a few steps on one pair's history; without one, `training_loop` from scratch."
     if pooled is None:
-        return training_loop(
-            frame,
-            load_recipe("default"),
-            interval=interval,
-            logger_dir=logger_dir,
-            progress=progress,
-            run_name=run_name,
-            track=track,
-        )
-    clock, cpu = time.perf_counter(), time.process_time()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+        return training_loop(frame, load_recipe("default"), interval=interval, **scratch)
+    with one_thread() as spent:
         data = prepare(frame, recipe, interval)
         _refuse_late(pooled, frame["timestamp"].iloc[data.split.test.start], Interval.parse(interval))
         recipe = recipe.model_copy(update={"members": len(pooled.forecaster.members)})
@@ -312,13 +280,9 @@ def finetune(
         forecaster = CandleForecaster(CandleFeatures(data.interval_ms), networks, recipe.steps).eval()
         forecaster.shrink.copy_(pooled.forecaster.shrink)
         history, best = _account(pooled, modules, tuned)
-    finally:
-        torch.set_num_threads(threads)
-    return TrainResult(
-        forecaster, data.split, history, time.perf_counter() - clock, time.process_time() - cpu, best, recipe
-    )
+        return TrainResult(forecaster, data.split, history, *spent(), best, recipe)
 
-
+# %% ../../nbs/03_models/09_pooled.ipynb #d6b6a5e1
 def _refuse_late(pooled: Pooled, start: pd.Timestamp, interval: Interval) -> None:
     "TrainingError if the network is for other candles, or has seen the test span."
     if pooled.interval != interval:
@@ -341,16 +305,8 @@ def _account(
         recipe, member = module.recipe, module.member
         steps = recipe.epochs * recipe.steps_per_epoch
         first, last = (_loss(recipe, network, module.val_dataloader()) for network in (old, new))
-        rows += [
-            {"step": step, "member": member, "train_loss": train_loss, "valid_loss": loss}
-            for step, loss in ((0, first), (steps, last))
-        ]
-        best.append(
-            {
-                "member": member,
-                "step": steps,
-                "valid_loss": last,
-                "test_loss": _loss(recipe, new, module.test_dataloader()),
-            }
-        )
+        known = {"member": member, "train_loss": train_loss}
+        rows += [{"step": step, **known, "valid_loss": loss} for step, loss in ((0, first), (steps, last))]
+        test = _loss(recipe, new, module.test_dataloader())
+        best.append({"member": member, "step": steps, "valid_loss": last, "test_loss": test})
     return pd.DataFrame(rows), best

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_network', 'batch_loss', 'make_optimizer', 'follow', 'PricePredictor', 'Curve', 'fit_member', 'quiet',
-           'training_bar', 'held_out_shrink', 'TrainResult', 'training_loop', 'plot_history']
+           'training_bar', 'one_thread', 'held_out_shrink', 'TrainResult', 'training_loop', 'plot_history']
 
 # %% ../../nbs/03_models/08_training.ipynb #a5f3fa9d
 import contextlib
@@ -35,7 +35,7 @@ from .recipe import Recipe
 from .features import CandleFeatures, Split
 from .network import CandleForecaster, LSTMRegressor, QuantileHead, best_shrink, pinball_loss
 from .batches import Batch, CandleDataModule, prepare
-from .tracking import close_loggers, make_loggers
+from .tracking import open_loggers
 
 # %% ../../nbs/03_models/08_training.ipynb #30e29913
 def build_network(recipe: Recipe, n_features: int) -> nn.Module:
@@ -215,6 +215,18 @@ def training_bar(recipe: Recipe, shown: bool) -> Iterator[Callable[[dict[str, fl
 
         yield tell
 
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[Callable[[], tuple[float, float]]]:
+    "Torch computes with one thread; yields a function that tells the seconds and the CPU seconds spent."
+    threads = torch.get_num_threads()
+    clock, cpu = time.perf_counter(), time.process_time()
+    torch.set_num_threads(1)
+    try:
+        yield lambda: (time.perf_counter() - clock, time.process_time() - cpu)
+    finally:
+        torch.set_num_threads(threads)
+
 # %% ../../nbs/03_models/08_training.ipynb #1a8c31b2
 def held_out_shrink(networks: Sequence[nn.Module], modules: Sequence[CandleDataModule]) -> float:
     "The factor for the median that was best on the rows which each network held out."
@@ -271,24 +283,15 @@ def training_loop(
     track: bool = True,
 ) -> TrainResult:
     "Train every member of a recipe on a checked history; the best ones, joined in one graph. `track`: also in W&B."
-    clock, cpu = time.perf_counter(), time.process_time()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
-    loggers: list[Logger] = []
-    try:
-        with quiet(), training_bar(recipe, progress) as tell:
-            data = prepare(frame, recipe, interval)
-            loggers = make_loggers(logger_dir, run_name or recipe.name, track)
-            modules = [CandleDataModule(data, recipe, member) for member in range(recipe.members)]
+    with one_thread() as spent, quiet(), training_bar(recipe, progress) as tell:
+        data = prepare(frame, recipe, interval)
+        modules = [CandleDataModule(data, recipe, member) for member in range(recipe.members)]
+        with open_loggers(logger_dir, run_name or recipe.name, track) as loggers:
             members = [fit_member(module, loggers, rows, tell) for module in modules]
         networks, facts = [network for network, _ in members], [fact for _, fact in members]
         forecaster = _assemble(networks, modules)
-    finally:
-        close_loggers(loggers)
-        torch.set_num_threads(threads)
-    seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
-    return TrainResult(forecaster, data.split, pd.DataFrame(rows), seconds, cpu_seconds, facts, recipe)
+        return TrainResult(forecaster, data.split, pd.DataFrame(rows), *spent(), facts, recipe)
 
 # %% ../../nbs/03_models/08_training.ipynb #330a5554
 def plot_history(history: pd.DataFrame) -> Any:

@@ -14,7 +14,7 @@ import pandas as pd
 from ..market.series import Series
 from ..market.candles import VALUE_COLUMNS, fake_candles
 from ..models.baselines import LEVELS
-from .manifest import DataSpan, Golden, Manifest
+from .manifest import Manifest, draft_manifest
 from .store import ModelStore
 
 # %% ../../nbs/05_registry/04a_examples.ipynb #f7c58271
@@ -66,30 +66,11 @@ def example_manifest(
     series: str | Series, cutoff: str | pd.Timestamp, spread: float = 0.004, window: int = 24, off: float = 1.0
 ) -> Manifest:
     "The draft of a manifest for `hand_made_graph(spread, window)`; `off` makes its golden answer wrong."
-    series, at = Series.parse(series), pd.Timestamp(cutoff).to_pydatetime()
-    tail = fake_candles(window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles = candles[-1, 3] * np.exp(np.linspace(-2, 2, len(LEVELS)) * spread) * off
-    words = {"source": "synthetic candles", "label": "synthetic candles", "content_hash": "-"}
-    span = DataSpan(**words, first=at, last=at, rows=window, gaps=0)
-    tested: dict[str, Any] = {"n": 876, "cov80": 0.809}
-    own, base = {"model": "default", "crps/base": 0.976}, {"model": "base", "crps/base": 1.0}
-    facts: dict[str, Any] = {
-        "pair": str(series.pair),
-        "interval": str(series.interval),
-        "window": window,
-        "columns": VALUE_COLUMNS,
-        "levels": list(LEVELS),
-        "recipe": {"name": "default"},
-        "recipe_hash": "-",
-        "scores": [tested | own, tested | base],
-        "verdict": {"passed": True},
-        "libraries": {},
-        "git_revision": "-",
-        "run_id": f"{str(series).replace('/', '-')}-{at:%Y%m%dT%H}-{spread}-{off}",
-    }
-    golden = Golden.of(candles, times, quantiles, 1.0)
-    return Manifest(**facts, data=span, cutoff=at, created_at=at, golden=golden)
+    series, at = Series.parse(series), pd.Timestamp(cutoff)
+    run_id = f"{str(series).replace('/', '-')}-{at:%Y%m%dT%H}-{spread}-{off}"
+    draft = draft_manifest(series, fake_candles(window), cutoff=at, run_id=run_id)
+    quantiles = fake_candles(window)["close"].iloc[-1] * np.exp(np.linspace(-2, 2, len(LEVELS)) * spread) * off
+    return draft.model_copy(update={"golden": draft.golden.model_copy(update={"quantiles": quantiles.tolist()})})
 
 
 def publish_example(

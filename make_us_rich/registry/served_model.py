@@ -16,15 +16,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the runtime must not talk to anybody
-
 import numpy as np
-import onnxruntime
 import pandas as pd
+from onnxruntime import InferenceSession
 
 from ..core.settings import StoreError
 from ..market.candles import VALUE_COLUMNS
 from ..models.baselines import LEVELS
+from ..models.graph import GraphError, open_session
 from .versions import Bundle
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #a8c81d5f
@@ -44,28 +43,19 @@ def graph_returns(
 ROLL_BACK = "serve an earlier one with `mkrich rollback PAIR`, or train again"
 
 
-def open_graph(model: bytes) -> onnxruntime.InferenceSession:
-    "An ONNX Runtime session over `model`, one thread, no telemetry; `StoreError` if it is no graph of ours."
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+def open_graph(model: bytes) -> InferenceSession:
+    "What runs a published graph; `StoreError` (`unfit_model`) if it may not run here, or cannot."
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise StoreError(f"the model does not load ({str(e).splitlines()[0][:120]}); {ROLL_BACK}") from None
-    names = [i.name for i in session.get_inputs()] + [o.name for o in session.get_outputs()]
-    if names != ["candles", "open_time", "width", "quantiles", "scale"]:
-        raise StoreError(
-            f"a model has candles, open_time, width -> quantiles, scale, this one has {', '.join(names)}; {ROLL_BACK}"
-        )
-    return session
+        return open_session(model)
+    except GraphError as e:
+        raise StoreError(f"{e}; {ROLL_BACK}", "unfit_model") from None
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #c34e2e53
 class OnnxModel:
     "A published model, loaded and proven: `predict` turns raw candles into price quantiles."
 
     def __init__(self, bundle: Bundle) -> None:
-        self.manifest, self.degraded = bundle.manifest, bundle.degraded
+        self.manifest = bundle.manifest
         self.window = bundle.manifest.window
         self.session = open_graph(bundle.model)
         self._check_golden()
@@ -98,7 +88,7 @@ class RememberedModel(OnnxModel):
     "A model that remembers its answers of width 1 for windows seen in a batch, the newest `size` of them."
 
     def __init__(self, model: OnnxModel, size: int = 1000) -> None:
-        self.manifest, self.degraded = model.manifest, model.degraded
+        self.manifest = model.manifest
         self.window, self.session = model.window, model.session
         self._size = size
         self._known: OrderedDict[tuple[int, int], tuple[np.ndarray, float]] = OrderedDict()
@@ -135,12 +125,10 @@ try:
 except ImportError:
     pass
 import io
-import numpy as np, onnxruntime
+import numpy as np
+from make_us_rich.models.graph import open_session
 told = np.load(io.BytesIO(sys.stdin.buffer.read()))
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = options.inter_op_num_threads = 1
-options.log_severity_level = 4
-session = onnxruntime.InferenceSession(told["model"].tobytes(), options, providers=["CPUExecutionProvider"])
+session = open_session(told["model"].tobytes())
 session.run(None, {name: told[name] for name in ("candles", "open_time", "width")})
 """
 TRIAL_MEMORY, TRIAL_SECONDS = 1 << 30, 30

@@ -9,11 +9,19 @@ __all__ = ['Bundle', 'VersionInfo']
 import re
 from dataclasses import dataclass, field
 
-import obstore as obs
 import pandas as pd
 
 from ..core.settings import StoreError
-from ..core.storage import MODEL_LIMIT, TEXT_LIMIT, Objects, create, put_sound, replace, try_conditions
+from make_us_rich.core.storage import (
+    MODEL_LIMIT,
+    TEXT_LIMIT,
+    Objects,
+    create,
+    list_objects,
+    put_sound,
+    replace,
+    try_conditions,
+)
 from ..market.series import Series
 from .manifest import Manifest, open_manifest, seal_manifest, sha256
 
@@ -97,12 +105,11 @@ def finish(objects: Objects, folder: str, claimed: bytes | None) -> str:
 # %% ../../nbs/05_registry/02_versions.ipynb #965579ef
 @dataclass(frozen=True)
 class Bundle:
-    "One loaded version; `degraded` says why it is not the champion, and is empty if it is."
+    "One loaded version."
 
     manifest: Manifest
     model: bytes = field(repr=False)
     manifest_sha256: str
-    degraded: str = ""
 
     @property
     def version(self) -> str:
@@ -140,8 +147,7 @@ UNUSABLE = (
 # %% ../../nbs/05_registry/02_versions.ipynb #11e1fc28
 def list_versions(objects: Objects, folder: str, champion: str = "") -> list[VersionInfo]:
     "All version folders, newest cut-off first; manifests are checked by their seal, models by their size."
-    with objects._told("listed"):
-        found = {x["path"].removeprefix(f"{folder}/"): x for x in obs.list(objects.store, folder).collect()}
+    found = {x["path"].removeprefix(f"{folder}/"): x for x in list_objects(objects, folder)}
     infos = []
     names = {key.partition("/")[0] for key in found}
     for version in sorted((n for n in names if re.fullmatch(VERSION, n, re.ASCII)), reverse=True):

@@ -7,7 +7,6 @@ __all__ = ['secrets_of', 'render_html', 'outside_requests', 'render_run', 'keep_
            'offline_wandb_runs', 'sync_wandb']
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #0feea2cb
-import html
 import importlib
 import json
 import os
@@ -22,6 +21,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 
 from ..core.secrets import find_secrets, secret_values
@@ -36,23 +36,9 @@ def secrets_of(settings: Settings) -> dict[str, str]:
     return secret_values(os.environ | {f"MUR_{name.upper()}": str(value) for name, value in settings})
 
 # %% ../../nbs/08_runs/04_evidence.ipynb #88895161
-_STYLE = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff }
-pre, code { font: 13px/1.45 ui-monospace, monospace }
-pre { overflow-x: auto; padding: .6rem .8rem; background: #f6f8fa; border-radius: 6px; margin: .4rem 0 }
-.jp-OutputPrompt, .jp-InputPrompt, .prompt, .anchor-link, .jp-Collapser { display: none }
-img { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: 14px; margin: .6rem 0 }
-td, th { padding: .2rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right }
-td:first-child, th:first-child { text-align: left }
-blockquote { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #c8374b; background: #fdf1f2 }
-@media (prefers-color-scheme: dark) {
-  body { color: #d7dce1; background: #14171a } pre { background: #1e2328 } td, th { border-color: #3a4046 }
-  blockquote { background: #2b1a1d } img { background: #fff }
-}
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("make_us_rich.runs"), autoescape=True, undefined=jinja2.StrictUndefined
+)
 _SHOWN = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 
 
@@ -69,13 +55,9 @@ def render_html(notebook: Path) -> str:
                 output["data"] = {kind: value for kind, value in output["data"].items() if _is_static(kind, value)}
     page.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(page)
-    title = html.escape(f"{notebook.parent.parent.name} {notebook.parent.name} {notebook.stem}")
-    style = f"<style>{_STYLE}{HtmlFormatter(style='friendly').get_style_defs('.highlight')}</style>"
-    return f'<!doctype html><html lang="en"><head>{_HEAD}<title>{title}</title>{style}</head><body>{body}</body></html>'
-
-
-_HEAD = f"""<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width">"""
+    title = f"{notebook.parent.parent.name} {notebook.parent.name} {notebook.stem}"
+    highlight = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    return _PAGES.get_template("run.html").render(title=title, highlight=highlight, body=body)
 
 
 def _is_static(kind: str, value: Any) -> bool:

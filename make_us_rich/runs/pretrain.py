@@ -40,6 +40,7 @@ from ..evaluation.scores import crps, dm_test, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Check, Verdict, make_check
 from ..evaluation.gate import LIMITS, PARITY_RULE
+from ..evaluation.plots import new_figure, set_title
 from ..registry.manifest import DataSpan
 from ..registry.versions import Bundle
 from ..registry.store import ModelStore
@@ -129,7 +130,7 @@ def open_pool(
         Path(place.result_path or settings.home / "result.json"),
     )
 
-
+# %% ../../nbs/08_runs/07_pretrain.ipynb #95c98b44
 _Stored = tuple[pd.DataFrame, Provenance]
 
 
@@ -178,22 +179,12 @@ class PoolScores:
 
     def _repr_markdown_(self) -> str:
         "One line for all pairs, then one for each."
-        lines = [
-            "| pair | hours | CRPS / base | t | MAE / close | direction right | 50 % | 80 % | 95 % |",
-            "|" + "---|" * 9,
-        ]
+        lines = ["| pair | hours | CRPS / base | t | MAE / close | direction right | 50 % | 80 % | 95 % |"]
+        lines.append("|" + "---|" * 9)
         for name, row in self.table.iterrows():
-            cells = [
-                str(name),
-                f"{row['n']:.0f}",
-                f"{row['crps/base']:.4f}",
-                f"{row['dm_t']:+.1f}",
-                f"{row['mae/naive']:.4f}",
-            ]
-            cells += [
-                "names none" if np.isnan(row["hit"]) else f"{row['hit'] * 100:.1f} %",
-                *(f"{row[f'cov{p}'] * 100:.1f} %" for p in (50, 80, 95)),
-            ]
+            cells = [str(name), f"{row['n']:.0f}", f"{row['crps/base']:.4f}", f"{row['dm_t']:+.1f}"]
+            right = "names none" if np.isnan(row["hit"]) else f"{row['hit'] * 100:.1f} %"
+            cells += [f"{row['mae/naive']:.4f}", right, *(f"{row[f'cov{p}'] * 100:.1f} %" for p in (50, 80, 95))]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -230,23 +221,13 @@ def score_pool(run: PoolRun, result: PretrainResult) -> PoolScores:
 # %% ../../nbs/08_runs/07_pretrain.ipynb #786e835c
 def plot_pool(scores: PoolScores) -> "Figure":
     "CRPS / base of each pair as a dot; left of 1 is better than the base."
-    import matplotlib.pyplot as plt
-
     table = scores.table.iloc[1:].sort_values("crps/base", ascending=False)
-    figure, ax = plt.subplots(figsize=(7.2, 1.2 + 0.28 * len(table)), layout="constrained", dpi=100)
-    plt.close(figure)
+    figure, ax = new_figure(height=1.2 + 0.28 * len(table))
     ratio = table["crps/base"]
     ax.scatter(ratio, table.index, color=np.where(ratio < 1, "#1f5fbf", "#c8374b"), zorder=3)
     ax.axvline(1, color="black", linewidth=0.9)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.tick_params(labelsize=8, length=0)
     ax.set_xlabel("CRPS / base (left of 1 is better than the last 720 returns)", fontsize=9)
-    ax.set_title(
-        f"{(ratio < 1).sum()} of {len(table)} pairs better than the base, mean {ratio.mean():.3f}",
-        loc="left",
-        fontsize=10,
-    )
+    set_title(ax, "", f"{(ratio < 1).sum()} of {len(table)} pairs better than the base, mean {ratio.mean():.3f}")
     return figure
 
 # %% ../../nbs/08_runs/07_pretrain.ipynb #319d9611
@@ -303,7 +284,7 @@ def publish_pool(
     track_publication(tracked, result, model, scores.table, verdict, publication)
     return publication
 
-
+# %% ../../nbs/08_runs/07_pretrain.ipynb #78f71a05
 def _candidate_of(
     run: PoolRun, result: PretrainResult, model: bytes, scores: PoolScores, verdict: Verdict
 ) -> Candidate:

@@ -25,8 +25,7 @@ import pandas as pd
 from ..core.settings import CandleError, StoreError, system_clock, utc_iso
 from ..core.storage import write_atomic
 from ..market.series import Series
-from ..market.candles import VALUE_COLUMNS, content_hash
-from ..models.baselines import LEVELS
+from ..market.candles import content_hash
 from ..models.har import HarT
 from ..models.recipe import Recipe
 from ..models.features import split
@@ -37,7 +36,7 @@ from ..evaluation.scores import Scores, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Verdict
 from ..evaluation.gate import gate
-from ..registry.manifest import DataSpan, Golden, Manifest
+from ..registry.manifest import DataSpan, Manifest, draft_manifest
 from ..registry.champion import POINTER_STAYS
 from ..registry.store import ModelStore
 from ..registry.served_model import graph_returns, open_graph
@@ -111,35 +110,21 @@ class Candidate:
 
 def make_manifest(candidate: Candidate) -> Manifest:
     "The manifest of a candidate, as pure data."
-    return Manifest(
-        pair=str(candidate.series.pair),
-        interval=str(candidate.series.interval),
-        window=candidate.window,
-        columns=VALUE_COLUMNS,
-        levels=list(LEVELS),
-        recipe=candidate.recipe,
-        recipe_hash=candidate.recipe_hash,
-        data=candidate.data,
-        cutoff=candidate.cutoff,
-        created_at=system_clock(),
-        scores=json.loads(json.dumps(candidate.scores, default=float)),
-        verdict=json.loads(json.dumps(candidate.verdict.to_dict(), default=plain_value)),
-        golden=_golden_forecast(candidate),
-        libraries=library_versions(),
-        git_revision=git_revision(),
-        run_id=candidate.run_id,
-    )
+    facts = {
+        "recipe": candidate.recipe,
+        "recipe_hash": candidate.recipe_hash,
+        "data": candidate.data,
+        "cutoff": candidate.cutoff,
+        "created_at": system_clock(),
+        "scores": json.loads(json.dumps(candidate.scores, default=float)),
+        "verdict": json.loads(json.dumps(candidate.verdict.to_dict(), default=plain_value)),
+        "libraries": library_versions(),
+        "git_revision": git_revision(),
+        "run_id": candidate.run_id,
+    }
+    return draft_manifest(candidate.series, candidate.frame, open_graph(candidate.model), **facts)
 
-
-def _golden_forecast(candidate: Candidate) -> Golden:
-    "The newest window of the candidate's candles, and what its graph says about it."
-    tail = candidate.frame.tail(candidate.window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    given = {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
-    quantiles, scale = open_graph(candidate.model).run(None, given)
-    return Golden.of(candles, times, quantiles[0], float(scale[0]))
-
-
+# %% ../../nbs/08_runs/06_publish.ipynb #de0071f0
 def publish_run(models: ModelStore, candidate: Candidate, reason: str = "passed the gate") -> tuple[str, str]:
     "Publish and promote: the version, and the store's sentence if the pointer stays where it is."
     published = models.publish(make_manifest(candidate), candidate.model)
@@ -285,7 +270,7 @@ def _needs_fallback(run: Run) -> str:
         return ""
     return f"{run.series.name} has a champion already, `{pointer.version}`."
 
-
+# %% ../../nbs/08_runs/06_publish.ipynb #013bcdd8
 def publish_fallback(run: Run) -> Fallback:
     "If the series has no champion: fit HAR-t, judge it, publish and promote it. Comes before the network is judged."
     if why := _needs_fallback(run):

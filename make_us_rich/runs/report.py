@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.settings import CandleError, Settings, get_settings, utc_iso
+from ..core.words import rows_markdown
 from ..market.series import Interval, Pair, Series
 from make_us_rich.market.candles import (
     SAMPLE_LABEL,
@@ -43,6 +44,7 @@ from ..evaluation.scores import Scores, evaluate
 from ..evaluation.calibration import online_width, widen
 from ..evaluation.checks import Verdict
 from ..evaluation.gate import gate
+from ..evaluation.plots import new_figure, set_time_axis, set_title
 from ..registry.store import ModelStore
 from ..registry.rejudge import champion_returns
 from .run import identify
@@ -191,7 +193,7 @@ def open_run(
         note,
     )
 
-
+# %% ../../nbs/08_runs/05_report.ipynb #e67a2659
 def refuse_bad_candles(series: Series, book: Provenance) -> None:
     "Refuse candles of which too many break a rule."
     if book.report.bad_share > 0.001:
@@ -209,31 +211,19 @@ def read_recipe(text: str, overrides: dict[str, Any] | None = None) -> Recipe:
 # %% ../../nbs/08_runs/05_report.ipynb #dab56a63
 def plot_prices(run: Run) -> "Figure":
     "Closes of the whole history; the test span shaded, gaps as red ticks."
-    import matplotlib.pyplot as plt
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
     times, close = run.frame["timestamp"], run.frame["close"]
-    figure, ax = plt.subplots(figsize=(7.2, 2.8), layout="constrained", dpi=100)
-    plt.close(figure)
+    figure, ax = new_figure(height=2.8)
     ax.plot(times, close, color="#1f5fbf", linewidth=0.8)
     test = split(len(run.frame), run.recipe.test_size, run.recipe.val_size, run.recipe.steps).test
     ax.axvspan(times.iloc[test.start], times.iloc[-1], color="#e08a1e", alpha=0.15, label="test span")
     for i, gap in enumerate(run.report.gaps):
         ax.axvline(gap.start, color="#c8374b", linewidth=1, label="candles missing" if i == 0 else None)
     ax.legend(fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.tick_params(labelsize=8, length=0)
-    locator = AutoDateLocator(maxticks=8)
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    set_time_axis(ax)
     ax.set_ylabel(f"close in {run.pair.quote}", fontsize=9)
     change = close.iloc[-1] / close.iloc[0] - 1
-    ax.set_title(
-        f"{run.pair}: {len(close):,} closed candles of {run.interval}, {change:+.0%} from the first to the last",
-        loc="left",
-        fontsize=10,
-    )
+    told = f"{len(close):,} closed candles of {run.interval}, {change:+.0%} from the first to the last"
+    set_title(ax, str(run.pair), told)
     return figure
 
 # %% ../../nbs/08_runs/05_report.ipynb #9ad4bcfd
@@ -250,8 +240,8 @@ class Markdown:
 
 def recipe_table(run: Run) -> Markdown:
     "Name and value of each number of the recipe."
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in run.recipe.model_dump().items())
-    return Markdown(f"| recipe | |\n|---|---|\n{rows}")
+    numbers = {name.replace("_", " "): str(value) for name, value in run.recipe.model_dump().items()}
+    return Markdown(rows_markdown("recipe", numbers))
 
 # %% ../../nbs/08_runs/05_report.ipynb #cc2c7425
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from ..core.settings import SettingsError, utc_iso
+from ..core.words import rows_markdown
 from ..market.series import Pair, Series
 from ..models.recipe import Recipe, load_recipe
 
@@ -74,8 +75,7 @@ class Outcome(BaseModel):
 
     def _repr_markdown_(self) -> str:
         "A table of what is known."
-        rows = "\n".join(f"| {k} | {v} |" for k, v in self.model_dump().items() if v not in ("", 0.0))
-        return f"| | |\n|---|---|\n{rows}"
+        return rows_markdown("", {k: str(v) for k, v in self.model_dump().items() if v not in ("", 0.0)})
 
 # %% ../../nbs/08_runs/01_run.ipynb #e841ed4f
 def find_notebook(name: str = "run_train.ipynb") -> Path:

@@ -174,7 +174,7 @@ def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str,
         execute_child, str(spec), env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
     )
 
-
+# %% ../../nbs/08_runs/02_runner.ipynb #b7287a3b
 LIBRARIES = (
     "papermill",
     "papermill.engines",

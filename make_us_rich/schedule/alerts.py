@@ -178,9 +178,7 @@ class Alerts:
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        return (
-            f"Alerts(to {len(self._urls)} addresses; {len(self.open)} open, {len(self.waiting)} waiting for delivery)"
-        )
+        return f"Alerts(to {len(self._urls)} addresses; {len(self.open)} open, {len(self.waiting)} waiting)"
 
     def update(self, rule: str, found: Iterable[Condition], deliver: bool = True) -> None:
         "Tell what `rule` finds new, and what it finds no more (`deliver` later, if there are more rules to come)."
@@ -195,11 +193,8 @@ class Alerts:
                 self._post(each.title, each.text, "warning")
             for key in sorted(mine - now_wrong.keys()):
                 over = self.open.pop(key)
-                self._post(
-                    f"over: {over.title}",
-                    f"It lasted from {over.since} to {utc_iso(self.clock())}. It was: {over.text}",
-                    "success",
-                )
+                span = f"It lasted from {over.since} to {utc_iso(self.clock())}"
+                self._post(f"over: {over.title}", f"{span}. It was: {over.text}", "success")
             if now_wrong.keys() != mine:
                 self._keep()
         if deliver:

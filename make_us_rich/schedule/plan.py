@@ -140,7 +140,7 @@ def read_plan(text: str) -> Plan:
         read_cron(str(pretrain))
     return Plan(entries, str(pretrain))
 
-
+# %% ../../nbs/09_schedule/01_plan.ipynb #df1a5d1e
 def _read_yaml(text: str) -> dict[str, Any]:
     "The words of the file, `pairs` among them; a bare list is one of pairs."
     try:

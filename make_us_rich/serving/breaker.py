@@ -15,8 +15,8 @@ from sqlalchemy.engine import Engine
 from ..core.settings import StoreError, log, utc_iso
 from ..core.tables import Demotion
 from ..core.database import session
-from ..market.series import POOLED, Interval, Pair, Series
-from ..registry.versions import UNUSABLE
+from ..market.series import POOLED, Series
+from ..registry.versions import UNUSABLE, as_arguments
 from ..registry.champion import Pointer
 from ..registry.store import ModelStore, serving_champion
 from .ledger import load_record
@@ -51,26 +51,22 @@ def what_is_bad(rows: pd.DataFrame) -> str:
     return ""
 
 # %% ../../nbs/06_serving/05_breaker.ipynb #1037c27c
-def demotions(engine: Engine, pair: str | Pair, interval: str | Interval = "1h") -> list[Demotion]:
-    "What the breaker did to a pair, newest first."
-    query = (
-        select(Demotion)
-        .where(Demotion.pair == str(Pair.parse(pair)), Demotion.interval == str(interval))
-        .order_by(Demotion.id.desc())
-    )
+def demotions(engine: Engine, series: str | Series) -> list[Demotion]:
+    "What the breaker did to a series, newest first."
+    series = Series.parse(series)
+    of_series = (Demotion.pair == str(series.pair), Demotion.interval == str(series.interval))
     with session(engine) as s:
-        return list(s.scalars(query))
+        return list(s.scalars(select(Demotion).where(*of_series).order_by(Demotion.id.desc())))
 
 
-def why_suspended(engine: Engine, pair: str | Pair, interval: str | Interval, version: str) -> str:
+def why_suspended(engine: Engine, series: str | Series, version: str) -> str:
     "Why this version may not forecast any more, empty if it may."
-    name = Pair.parse(pair)
-    bad = next((d for d in demotions(engine, name, interval) if d.from_version == version and not d.to_version), None)
-    return (
-        f"the live record of {name} turned bad: {bad.reason}; train another model with `mkrich train {name}`"
-        if bad
-        else ""
-    )
+    series = Series.parse(series)
+    bad = next((d for d in demotions(engine, series) if d.from_version == version and not d.to_version), None)
+    if bad is None:
+        return ""
+    remedy = f"train another model with `mkrich train {as_arguments(series)}`"
+    return f"the live record of {series.name} turned bad: {bad.reason}; {remedy}"
 
 
 def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str) -> str:
@@ -87,33 +83,25 @@ def go_back(store: ModelStore, pointer: Pointer, tainted: set[str], reason: str)
     return ""
 
 # %% ../../nbs/06_serving/05_breaker.ipynb #98bf6694
-def circuit_breaker(
-    engine: Engine, pair: str | Pair, interval: str | Interval, store: ModelStore, now: pd.Timestamp
-) -> Demoted | None:
+def circuit_breaker(engine: Engine, series: str | Series, store: ModelStore, now: pd.Timestamp) -> Demoted | None:
     "Take the champion out of service if its live record is bad; None if nothing had to be done."
-    name, found = str(Pair.parse(pair)), serving_champion(store, Series.parse(pair, interval))
+    series = Series.parse(series)
+    found = serving_champion(store, series)
     if found is None:
         return None
     owner, pointer = found
-    before = demotions(engine, name, interval)
+    before = demotions(engine, series)
     mine = [d for d in before if d.from_version == pointer.version]
     if mine and not mine[0].to_version:
         return None  # it abstains already
-    bad = what_is_bad(load_record(engine, name, interval, since=mine[0].at if mine else None, version=pointer.version))
+    bad = what_is_bad(load_record(engine, series, since=mine[0].at if mine else None, version=pointer.version))
     if not bad:
         return None
     tainted = {d.from_version for d in before} | {pointer.version}
-    to = "" if owner.pair == POOLED != Pair.parse(pair) else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
+    to = "" if owner.pair == POOLED != series.pair else go_back(store, pointer, tainted, f"circuit breaker: {bad}")
+    pair, interval = str(series.pair), str(series.interval)
     with session(engine) as s:
-        s.add(
-            Demotion(pair=name, interval=str(interval), at=now, from_version=pointer.version, to_version=to, reason=bad)
-        )
-    log.warning(
-        "%s %s: %s was taken out of service (%s); %s",
-        name,
-        interval,
-        pointer.version,
-        bad,
-        f"{to} serves" if to else "the pair abstains",
-    )
-    return Demoted(name, str(interval), utc_iso(now), pointer.version, to, bad)
+        s.add(Demotion(pair=pair, interval=interval, at=now, from_version=pointer.version, to_version=to, reason=bad))
+    end = f"{to} serves" if to else "the pair abstains"
+    log.warning("%s %s: %s was taken out of service (%s); %s", pair, interval, pointer.version, bad, end)
+    return Demoted(pair, interval, utc_iso(now), pointer.version, to, bad)

@@ -83,4 +83,4 @@ def record_hours(
         last = frame["close"].iloc[row]
         issued_at = frame["timestamp"].iloc[row] + HOUR + pd.Timedelta("2s")
         record_forecast(engine, made, (last * np.exp(other)).tolist(), issued_at)
-    return settle_rows(engine, pair, "1h", frame, frame["timestamp"].iloc[-1] + HOUR)
+    return settle_rows(engine, pair, frame, frame["timestamp"].iloc[-1] + HOUR)

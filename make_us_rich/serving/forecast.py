@@ -79,6 +79,11 @@ class Forecast(BaseModel):
     reliability: str = ""
     run_id: str = ""
 
+    @property
+    def series(self) -> Series:
+        "What it is a forecast of."
+        return Series.parse(self.pair, self.interval)
+
     def range(self, percent: int) -> tuple[float, float]:
         "The two ends of the range that holds `percent` of the hours: 50, 80 or 95."
         low, high = RANGES[percent]

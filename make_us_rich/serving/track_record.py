@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.settings import utc_iso
 from ..core.words import minute_text, rows_markdown
-from ..market.series import Interval
+from ..market.series import Interval, Series
 from ..models.baselines import RANGES
 from ..evaluation.scores import HitRate, dm_test, hit_rate
 from ..evaluation.checks import Check
@@ -218,14 +218,15 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/06_serving/04_track_record.ipynb #188deaea
-def add_up(rows: pd.DataFrame, name: str, step: Interval, now: pd.Timestamp, version: str = "") -> TrackRecord:
+def add_up(rows: pd.DataFrame, of: Series | Interval, now: pd.Timestamp, version: str = "") -> TrackRecord:
     "The track record of the rows of `load_record`."
+    step = of if isinstance(of, Interval) else of.interval
     issued = rows[rows["status"] == "ok"]
     scored, hours = issued[issued["crps"].notna()], by_hour(issued)
     crps_ratio, crps_t = ratio_and_t(hours["crps"], hours["crps_base"])
     mae_ratio, mae_t = ratio_and_t(hours["abs_error"], hours["abs_error_naive"])
     return TrackRecord(
-        pair=name,
+        pair="all pairs" if isinstance(of, Interval) else str(of.pair),
         interval=str(step),
         version=version,
         first=utc_iso(rows["target_open"].iloc[0]) if len(rows) else "",

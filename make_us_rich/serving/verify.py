@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 from ..core.settings import Clock, StoreError, system_clock, utc_iso
 from ..core.tables import ForecastRow
 from ..core.database import session
-from ..market.series import POOLED, Interval, Pair, Series
+from ..market.series import POOLED, Interval, Series
 from ..market.candle_store import CandleStore
 from ..registry.versions import UNUSABLE
 from ..registry.store import ModelStore
@@ -26,11 +26,13 @@ from ..registry.served_model import OnnxModel, RememberedModel
 from .forecast import Forecast
 from .forecasting import forecast
 from make_us_rich.serving.ledger import (
+    HOURLY,
     SCORES,
     base_prices,
     issued_forecast,
     load_record,
     record_forecast,
+    rows_of,
     score_row,
     settle_rows,
 )
@@ -96,24 +98,17 @@ class Verification:
 
 
 def verify_record(
-    engine: Engine,
-    pair: str | Pair,
-    interval: str | Interval,
-    store: ModelStore,
-    candles: CandleStore,
-    since: pd.Timestamp | None = None,
+    engine: Engine, series: str | Series, store: ModelStore, candles: CandleStore, since: pd.Timestamp | None = None
 ) -> Verification:
     "Recompute the forecasts on record; `StoreError` (reason `record_differs`) lists those that come out differently."
-    name, step = str(Pair.parse(pair)), Interval.parse(interval)
-    frame = candles.read(Series.parse(pair, interval))
-    query = select(ForecastRow).where(
-        ForecastRow.pair == name, ForecastRow.interval == str(step), ForecastRow.status == "ok"
-    )
+    series = Series.parse(series)
+    frame = candles.read(series)
+    query = select(ForecastRow).where(*rows_of(series), ForecastRow.status == "ok")
     query = query.where(ForecastRow.target_open >= since) if since is not None else query
     with session(engine) as s:
         rows = list(s.scalars(query.order_by(ForecastRow.model_version, ForecastRow.target_open)))
     models: dict[str, OnnxModel | None] = {
-        version: _stored(store, name, str(step), version) for version in {r.model_version for r in rows}
+        version: _stored(store, series, version) for version in {r.model_version for r in rows}
     }
     served = [(row, models[row.model_version]) for row in rows]
     found = {row: difference(row, model, frame) for row, model in served if model is not None}
@@ -121,17 +116,17 @@ def verify_record(
     if wrong:
         more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         rule = "on record differ from what closed candles and the stored model give"
-        head = f"{len(wrong)} of {len(found)} forecasts of {name} {step} {rule}"
+        head = f"{len(wrong)} of {len(found)} forecasts of {series.pair} {series.interval} {rule}"
         remedy = "look for revised candles, then for another hand in the database"
         raise StoreError(f"{head}; {remedy}:\n" + "\n".join(wrong[:20]) + more, "record_differs")
-    return Verification(name, str(step), len(found), len(rows) - len(found))
+    return Verification(str(series.pair), str(series.interval), len(found), len(rows) - len(found))
 
 
-def _stored(store: ModelStore, pair: str, interval: str, version: str) -> OnnxModel | None:
+def _stored(store: ModelStore, series: Series, version: str) -> OnnxModel | None:
     "The model of a version, the pair's own or the pooled one; None if it is no longer stored."
-    for owner in (pair, POOLED):
+    for owner in (series, Series(POOLED, series.interval)):
         try:
-            return RememberedModel(OnnxModel(store.load(Series.parse(owner, interval), version)))
+            return RememberedModel(OnnxModel(store.load(owner, version)))
         except StoreError as e:
             if e.reason not in UNUSABLE:
                 raise
@@ -151,64 +146,45 @@ class Ledger:
         return record_forecast(self.engine, forecast, base_quantiles, issued_at or self.clock())
 
     def issued(
-        self,
-        pair: str | Pair,
-        target_open: pd.Timestamp,
-        interval: str | Interval = "1h",
-        versions: set[str] | None = None,
+        self, series: str | Series, target_open: pd.Timestamp, versions: set[str] | None = None
     ) -> ForecastRow | None:
         "The forecast on record for an hour."
-        return issued_forecast(self.engine, pair, interval, target_open, versions)
+        return issued_forecast(self.engine, series, target_open, versions)
 
-    def settle(self, pair: str | Pair, interval: str | Interval, frame: pd.DataFrame) -> int:
+    def settle(self, series: str | Series, frame: pd.DataFrame) -> int:
         "Score the open rows whose candles have closed; how many."
-        return settle_rows(self.engine, pair, interval, frame, self.clock())
+        return settle_rows(self.engine, series, frame, self.clock())
 
-    def rows(
-        self, pair: str | Pair | None = None, interval: str | Interval = "1h", limit: int = 168
-    ) -> list[ForecastRow]:
-        "The newest rows, newest first."
-        query = (
-            select(ForecastRow)
-            .where(ForecastRow.interval == str(interval))
-            .order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc())
-            .limit(limit)
-        )
+    def series(self) -> list[Series]:
+        "What forecasts are on record for."
         with session(self.engine) as s:
-            return list(s.scalars(query if pair is None else query.where(ForecastRow.pair == str(Pair.parse(pair)))))
+            return sorted(
+                Series.parse(*row) for row in s.execute(select(ForecastRow.pair, ForecastRow.interval).distinct())
+            )
+
+    def rows(self, series: str | Series, limit: int = 168) -> list[ForecastRow]:
+        "The newest rows, newest first."
+        query = select(ForecastRow).where(*rows_of(series))
+        with session(self.engine) as s:
+            return list(s.scalars(query.order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc()).limit(limit)))
 
     def track_record(
-        self,
-        pair: str | Pair | None = None,
-        since: pd.Timestamp | None = None,
-        interval: str | Interval = "1h",
-        version: str = "",
+        self, of: str | Series | Interval = HOURLY, since: pd.Timestamp | None = None, version: str = ""
     ) -> TrackRecord:
-        "How the forecasts turned out, over all versions served or narrowed to one."
-        rows = load_record(self.engine, pair, interval, since, version)
-        return add_up(
-            rows,
-            "all pairs" if pair is None else str(Pair.parse(pair)),
-            Interval.parse(interval),
-            self.clock(),
-            version,
-        )
+        "How the forecasts of a series (of an interval: of all pairs) turned out, by all versions or by one."
+        rows = load_record(self.engine, of, since, version)
+        return add_up(rows, of if isinstance(of, Interval) else Series.parse(of), self.clock(), version)
 
-    def circuit_breaker(self, pair: str | Pair, interval: str | Interval, store: ModelStore) -> Demoted | None:
+    def circuit_breaker(self, series: str | Series, store: ModelStore) -> Demoted | None:
         "Take the champion out of service if its own live record is bad."
-        return circuit_breaker(self.engine, pair, interval, store, self.clock())
+        return circuit_breaker(self.engine, series, store, self.clock())
 
-    def suspended(self, pair: str | Pair, interval: str | Interval, version: str) -> str:
+    def suspended(self, series: str | Series, version: str) -> str:
         "Why this version may not forecast any more, empty if it may."
-        return why_suspended(self.engine, pair, interval, version)
+        return why_suspended(self.engine, series, version)
 
     def verify(
-        self,
-        pair: str | Pair,
-        store: ModelStore,
-        candles: CandleStore,
-        interval: str | Interval = "1h",
-        since: pd.Timestamp | None = None,
+        self, series: str | Series, store: ModelStore, candles: CandleStore, since: pd.Timestamp | None = None
     ) -> Verification:
         "Recompute the record from closed candles."
-        return verify_record(self.engine, pair, interval, store, candles, since)
+        return verify_record(self.engine, series, store, candles, since)

@@ -133,7 +133,7 @@ def test_our_faults_are_not_charged(world, monkeypatch):  # F70
 
 
 def test_not_yet_is_a_documented_503_and_free(world):
-    world.service.states[Series.parse("BTC_USDT")].answer = None
+    world.service.states[Series.parse("BTC_USDT")].answering.answer = None
     answer = world.client().get("/v1/forecasts/BTC_USDT")
     assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"], world.used()) == (
         503,
@@ -391,7 +391,7 @@ def test_one_fan_out_of_news(world):
 
 @pytest.mark.parametrize("client", ["leaves", "takes nothing"])
 def test_a_client_that_is_gone_leaves_nothing(world, monkeypatch, client):
-    monkeypatch.setattr(limits, "PATIENCE", 0.05)
+    monkeypatch.setattr(limits, "SEND_SECONDS", 0.05)
     headers = [(b"authorization", f"Bearer {world.tokens['member']}".encode())]
     scope = {
         "type": "http",

@@ -65,12 +65,10 @@ def local(stage) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def public(stage) -> Iterator[Running]:
-    "A page server where people log in; who says goodbye is forgotten soon, and who only knocks."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MKRICH_PAGE_KNOCK", "0.02")
-        with page_server(stage, viewers=2, idle=600) as running:
-            PLACES[running.url] = 2
-            yield running
+    "A page server where people log in; only who says goodbye is forgotten soon."
+    with page_server(stage, viewers=2, idle=600) as running:
+        PLACES[running.url] = 2
+        yield running
 
 
 INSIDE = {
@@ -201,6 +199,25 @@ def test_a_morning(browser, local, stage):
         one.page.locator("[data-run='log:run-2']:visible").click()
         one.page.frame_locator("dialog iframe").get_by_text("cell 4 of 18: no room <b>left</b>").wait_for()
         one.page.keyboard.press("Escape")
+
+
+def test_a_home_with_models_of_four_hours_only(browser, tmp_path):
+    "Its page shows the forecast of the next candle, and how earlier ones turned out."
+    stage = make_stage(tmp_path / "store", hours=100, interval="4h")
+    stage.up()
+    try:
+        with page_server(stage, local=True, viewers=2, idle=600) as running:
+            PLACES[running.url] = 2
+            with viewer(browser, running) as seen:
+                seen.says("In 8 of 10 such candles of 4 hours the close lies in this range")
+                text = seen.text()
+                low, high = stage.service.answer("BTC_USDT/4h").forecast.range(80)
+                assert f"{low:,.2f}" in text and f"{high:,.2f}" in text
+                assert "BTC / USDT 4h" in text and "no forecast" not in text.lower()
+                seen.tab("Track record")
+    finally:
+        stage.down()
+        stage.engine.dispose()
 
 
 def test_phone(browser, local):
@@ -389,7 +406,7 @@ def test_what_a_viewer_cannot_do(browser, local, stage):
     "No files, no code, nobody else's process, no entrance without the secret."
     assert httpx.get(local.url, trust_env=False).status_code == 302  # to the log-in form
     assert httpx.get(f"{local.url}?token=wrong", trust_env=False).status_code == 302
-    with httpx.Client(trust_env=False, follow_redirects=True) as http:
+    with httpx.Client(trust_env=False, follow_redirects=True, timeout=LONG) as http:
         page = http.get(local.address).text
         for path in (
             "voila/files/dashboard.ipynb",

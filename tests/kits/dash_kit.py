@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 import uvicorn
+from longer_candles import resampled
 from servers import free_port
 from sqlalchemy import Engine
 from tiny_model import PAIRS, sample
@@ -27,11 +27,11 @@ from make_us_rich.dashboard.server import PageOptions, Running, start_dashboard
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.market.series import Interval, Pair, Series
+from make_us_rich.market.series import Series
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.serving.forecast import Forecast
 from make_us_rich.serving.ledger import ledger_row
-from make_us_rich.serving.refresh import Answer, PairState
+from make_us_rich.serving.refresh import SeriesState
 from make_us_rich.serving.service import Service
 
 HOUR = pd.Timedelta("1h")
@@ -64,8 +64,9 @@ BELL = np.array(
 TAILS = BELL * (0.86 + 0.07 * np.abs(BELL))  # hourly returns have fat tails
 
 
-def forecasts_of(pair: str, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list[Forecast], list[list[float]]]:
+def forecasts_of(series: Series, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list[Forecast], list[list[float]]]:
     "For each row, ranges from the volatility of the days before it, and those of the last month: a stand-in for a model that costs no training."
+    pair, step = str(series.pair), series.interval.delta
     moves = np.log(frame["close"]).diff().fillna(0)
     near = np.sqrt(
         (moves**2).ewm(halflife=14).mean() * 0.6 + (moves**2).rolling(168, min_periods=1).mean() * 0.4
@@ -73,18 +74,18 @@ def forecasts_of(pair: str, frame: pd.DataFrame, rows: np.ndarray) -> tuple[list
     wide = moves.rolling(720, min_periods=24).std().bfill().to_numpy()
     answers, bases = [], []
     for i in rows:
-        last, opens = float(frame["close"].iloc[i]), frame["timestamp"].iloc[i] + HOUR
+        last, opens = float(frame["close"].iloc[i]), frame["timestamp"].iloc[i] + step
         prices = last * np.exp(near[i] * (TAILS + 0.08 * np.sin(i)))
         low, high = prices[2], prices[18]
         decimals = max(2, 4 - int(np.floor(np.log10(last))))
         facts = {
             "pair": pair,
-            "interval": "1h",
+            "interval": str(series.interval),
             "status": "ok",
             "as_of": utc_iso(opens),
             "target_open": utc_iso(opens),
-            "target_close": utc_iso(opens + HOUR),
-            "sentence": f"{pair} at {opens + HOUR:%H:%M} UTC: between {low:,.{decimals}f} and {high:,.{decimals}f} with 80 % probability, after {last:,.{decimals}f}",
+            "target_close": utc_iso(opens + step),
+            "sentence": f"{pair} at {opens + step:%H:%M} UTC: between {low:,.{decimals}f} and {high:,.{decimals}f} with 80 % probability, after {last:,.{decimals}f}",
             "last_close": last,
             "median": float(prices[10]),
             "quantiles": dict(zip(LEVELS, prices.tolist(), strict=True)),
@@ -120,7 +121,7 @@ class Stage:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.settings.port}"
 
-    def state(self, pair: str = "BTC_USDT") -> PairState:
+    def state(self, pair: str = "BTC_USDT") -> SeriesState:
         return self.service.states[Series.parse(pair)]
 
     def forecast(self, pair: str = "BTC_USDT") -> Forecast:
@@ -128,8 +129,8 @@ class Stage:
 
     def show(self, forecast: Forecast) -> None:
         "Answer with this from now on, and tell who listens."
-        self.state(forecast.pair).answer = Answer.of(forecast, self.now)
-        self.service.events.send("forecast", self.now, forecast.pair, "1h")
+        self.service.states[forecast.series].answering.show(forecast, self.now)
+        self.service.events.send("forecast", self.now, forecast.pair, forecast.interval)
 
     def change(self, pair: str = "BTC_USDT", **facts: Any) -> None:
         self.show(self.forecast(pair).model_copy(update=facts))
@@ -152,37 +153,38 @@ class Stage:
             assert not self.thread.is_alive(), "the API did not stop"
 
 
-def make_stage(home: Path, hours: int = 500, clock: Any = None) -> Stage:
-    "Two pairs with `hours` of history from the sample; not answering yet."
+def make_stage(home: Path, hours: int = 500, interval: str = "1h") -> Stage:
+    "Two pairs with so many hours (or longer candles) of history from the sample; not answering yet."
     settings = get_settings(home=home, port=free_port(), exchange_url="http://127.0.0.1:9")
-    frames = {pair: sample(pair) for pair in PAIRS}
+    frames = {pair: resampled(sample(pair), interval) for pair in PAIRS}
     now = frames[PAIRS[0]]["timestamp"].iloc[-1] + pd.Timedelta("17min")  # the last candle is the open one
     engine = connect(settings.db_url)
     migrate(engine)
     service = Service(settings, engine=engine, clock=lambda: now)
     service.start = service.run_forever = service.tick = lambda *_: None
     service.ledger.clock = lambda: now
-    with ReplayServer(frames, now=now, label=SAMPLE_LABEL) as exchange:
-        for pair in PAIRS:
-            service.parts.candles.update(BinanceClient(exchange.url), pair, rows=hours + 60)
-    for pair in PAIRS:
-        _fill(service, pair, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
-    _add_runs(engine, home, now)
+    known = {pair: Series.parse(pair, interval) for pair in PAIRS}
+    with ReplayServer(frames, interval=interval, now=now, label=SAMPLE_LABEL) as exchange:
+        for series in known.values():
+            service.parts.candles.update(BinanceClient(exchange.url), series, rows=hours + 60)
+    for pair, series in known.items():
+        _fill(service, series, frames[pair].iloc[:-1].reset_index(drop=True), hours, now)
+    _add_runs(engine, home, now, interval)
     tokens = add_people(engine, now)
     return Stage(
         settings, engine, service, tokens, now, create_app(service, engine, settings, lambda: now, heartbeat=1.0)
     )
 
 
-def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
+def _add_runs(engine: Engine, home: Path, now: pd.Timestamp, interval: str) -> None:
     "One run with its page, which made the model, and one that failed."
     page = home / "runs" / "train.html"
     page.parent.mkdir(parents=True)
     page.write_text("<!doctype html><title>run</title><h1>The executed notebook</h1><script>parent.bad = 1</script>")
     plan = {
         "pair": "BTC_USDT",
-        "interval": "1h",
-        "cutoff": now.floor("h"),
+        "interval": interval,
+        "cutoff": now.floor(interval),
         "recipe": "finetune",
         "recipe_hash": "0" * 16,
         "host": "here/1",
@@ -209,21 +211,20 @@ def _add_runs(engine: Engine, home: Path, now: pd.Timestamp) -> None:
         s.add(RunRow(run_id="run-2", state="failed", started_at=now, **plan, **facts | failed))
 
 
-def _fill(service: Service, pair: str, frame: pd.DataFrame, hours: int, now: pd.Timestamp) -> None:
-    answers, bases = forecasts_of(pair, frame, np.arange(len(frame) - hours, len(frame)))
+def _fill(service: Service, series: Series, frame: pd.DataFrame, hours: int, now: pd.Timestamp) -> None:
+    answers, bases = forecasts_of(series, frame, np.arange(len(frame) - hours, len(frame)))
     lines = [
         ledger_row(f, base, pd.Timestamp(f.target_open) + pd.Timedelta("1s"))
         for f, base in zip(answers, bases, strict=True)
     ]
     with session(service.engine) as s:
         s.add_all([ForecastRow(**line) for line in lines])
-    service.ledger.settle(pair, "1h", frame)
-    base, quote = pair.split("_")
-    state = PairState(Series(Pair(base, quote), Interval("1h")), answer=Answer.of(answers[-1], now))
-    state.model = SimpleNamespace(manifest=SimpleNamespace(version=VERSION, cutoff=now))
-    state.record = service.ledger.track_record(pair)
-    state.record_body = orjson.dumps(state.record.to_dict())
-    service.states[Series.parse(pair)] = state
+    service.ledger.settle(series, frame)
+    state = SeriesState(series)
+    state.answering.show(answers[-1], now)
+    state.choice.model = SimpleNamespace(manifest=SimpleNamespace(version=VERSION, cutoff=now))
+    state.settling.count(service.ledger)
+    service.states[series] = state
 
 
 @contextlib.contextmanager

@@ -2,13 +2,11 @@
 
 import functools
 
-import numpy as np
 import pandas as pd
 
-from make_us_rich.market.candles import SAMPLE_LABEL, VALUE_COLUMNS, load_sample
+from make_us_rich.market.candles import SAMPLE_LABEL, load_sample
 from make_us_rich.market.series import Series
-from make_us_rich.models.baselines import LEVELS
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.manifest import draft_manifest
 from make_us_rich.registry.served_model import open_graph
 from make_us_rich.registry.store import ModelStore
 
@@ -35,51 +33,23 @@ def tiny_graph() -> bytes:
     return convert_model(result.forecaster)
 
 
-@functools.cache
-def _golden(pair: str) -> tuple[int, Golden]:
-    session = open_graph(tiny_graph())
-    window = int(session.get_inputs()[0].shape[1])
-    tail = sample(pair).head(window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = session.run(None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)})
-    return window, Golden.of(candles, times, quantiles[0], float(scale[0]))
-
-
 def publish(
     store: ModelStore, name: str, cutoff: pd.Timestamp, mark: int = 0, promote: bool = True, broken: bool = False
 ) -> str:
     "Publish the tiny graph with a cut-off; `mark` makes another file of it, `broken` a version that computes other prices than it says."
-    series = Series.parse(name)
-    pair = str(series.pair)
-    window, golden = _golden(pair)
+    frame, session = sample(str(Series.parse(name).pair)), open_graph(tiny_graph())
+    window = session.get_inputs()[0].shape[1]
+    golden = draft_manifest(
+        name, frame.head(window), session
+    ).golden  # of its oldest window, so that any history has it
     if broken:
         golden = golden.model_copy(update={"quantiles": [q * 1.01 for q in golden.quantiles]})
-    frame = sample(pair)
-    first, last = frame["timestamp"].iloc[[0, -1]]
-    span = DataSpan(
-        source=SAMPLE_LABEL, label=SAMPLE_LABEL, first=first, last=last, rows=len(frame), gaps=0, content_hash=""
-    )
-    manifest = Manifest(
-        pair=pair,
-        interval=str(series.interval),
-        window=window,
-        columns=VALUE_COLUMNS,
-        levels=list(LEVELS),
-        recipe={},
-        recipe_hash="0" * 64,
-        data=span,
-        cutoff=cutoff.to_pydatetime(),
-        created_at=cutoff.to_pydatetime(),
-        scores=[],
-        verdict={"passed": True},
-        golden=golden,
-        libraries={},
-        git_revision="",
-        run_id=f"{pair}-{cutoff:%Y%m%dT%H%M}-{mark}",
-    )
+    run_id = f"{Series.parse(name).pair}-{cutoff:%Y%m%dT%H%M}-{mark}"
+    facts = {"cutoff": cutoff, "golden": golden, "run_id": run_id, "recipe": {}, "recipe_hash": "0" * 64, "scores": []}
+    manifest = draft_manifest(name, frame, window=window, source=SAMPLE_LABEL, **facts)
     version = store.publish(manifest, _marked(mark))
     if promote:
-        store.promote(series, version)
+        store.promote(name, version)
     return version
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from longer_candles import resampled
 
 from make_us_rich.core.settings import CandleError
-from make_us_rich.market.candles import COLUMNS, TIME, fake_candles, load_sample
+from make_us_rich.market.candles import fake_candles, load_sample
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import Interval
 from make_us_rich.models.export import convert_model, validate_model
@@ -18,21 +19,9 @@ SMALL = {"members": 1, "epochs": 1}
 ONLY_1H = "The design was measured on 1h candles only"
 
 
-def resampled(interval: str) -> pd.DataFrame:
-    "The hourly sample in longer candles; those with a missing hour are left out."
-    frame, step = load_sample(), Interval.parse(interval)
-    groups = frame.groupby(frame["timestamp"].dt.floor(step.delta))
-    ends = {"open": ("open", "first"), "high": ("high", "max"), "low": ("low", "min"), "close": ("close", "last")}
-    sums = {name: (name, "sum") for name in ("volume", "quote_av", "trades", "tb_base_av", "tb_quote_av")}
-    longer = groups.agg(**ends, **sums)[groups.size() == step.ms // 3_600_000].reset_index()
-    longer["timestamp"] = longer["timestamp"].astype(TIME)
-    longer["close_time"] = (longer["timestamp"] + step.delta - pd.Timedelta("1ms")).astype(TIME)
-    return longer[COLUMNS]
-
-
 @pytest.mark.parametrize(("interval", "days"), [("4h", 720), ("15m", 45)])
 def test_the_whole_road(interval, days, tmp_path):
-    frame = resampled("4h") if interval == "4h" else fake_candles(4_400, seed=3, interval="15m")
+    frame = resampled(load_sample(), "4h") if interval == "4h" else fake_candles(4_400, seed=3, interval="15m")
     with ReplayServer({"BTC_USDT": frame}, interval=interval, label="historical sample") as server:
         place = RunPlace(str(tmp_path), exchange_url=server.url)
         run = open_run(f"BTC_USDT/{interval}", history_days=days, place=place, overrides=SMALL)
@@ -61,7 +50,7 @@ def test_the_whole_road(interval, days, tmp_path):
 
 
 def test_two_years_of_days_are_too_few_and_it_says_so(tmp_path):
-    with ReplayServer({"BTC_USDT": resampled("1d")}, interval="1d", label="historical sample") as server:
+    with ReplayServer({"BTC_USDT": resampled(load_sample(), "1d")}, interval="1d", label="historical sample") as server:
         run = open_run(
             "BTC_USDT/1d", history_days=700, place=RunPlace(str(tmp_path), exchange_url=server.url), overrides=SMALL
         )

@@ -19,8 +19,9 @@ from make_us_rich.core.settings import TrainingError
 from make_us_rich.market.candles import clean_candles, load_sample, read_candles
 from make_us_rich.market.series import Interval
 from make_us_rich.models.baselines import LEVELS
-from make_us_rich.models.export import INPUTS, check_graph, convert_model, open_session, validate_model
+from make_us_rich.models.export import check_graph, convert_model, validate_model
 from make_us_rich.models.features import CandleFeatures, OriginalFeatures, frame_tensors, windows
+from make_us_rich.models.graph import INPUTS, open_session
 from make_us_rich.models.network import CandleForecaster, LSTMRegressor, OriginalForecaster, QuantileHead, student4
 
 SHARED = Path(os.environ.get("SHARED_DATA") or Path(__file__).parents[3] / "shared/data")

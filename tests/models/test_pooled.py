@@ -16,13 +16,13 @@ import torch
 from make_us_rich.core.settings import StoreError, TrainingError, get_settings
 from make_us_rich.market.candles import VALUE_COLUMNS, fake_candles
 from make_us_rich.market.replay import ReplayServer
-from make_us_rich.market.series import POOLED, Series
-from make_us_rich.models.baselines import LEVELS
-from make_us_rich.models.export import convert_model, open_session, validate_model
+from make_us_rich.market.series import POOLED, Interval, Series
+from make_us_rich.models.export import convert_model, validate_model
+from make_us_rich.models.graph import open_session
 from make_us_rich.models.pooled import Pooled, finetune, pack_weights, pretrain
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.models.training import training_loop
-from make_us_rich.registry.manifest import DataSpan, Golden, Manifest
+from make_us_rich.registry.manifest import Manifest, draft_manifest
 from make_us_rich.registry.served_model import OnnxModel
 from make_us_rich.registry.store import ModelStore, pooled_note, serving_champion
 from make_us_rich.runs.pretrain import load_pooled, open_pooled
@@ -43,32 +43,14 @@ def pooled(frames: dict[str, pd.DataFrame]) -> Pooled:
 
 
 def manifest_of(pooled: Pooled, model: bytes, frame: pd.DataFrame, **changes: object) -> Manifest:
-    window = pooled.forecaster.window
-    tail = frame.tail(window)
-    candles, times = tail[VALUE_COLUMNS].to_numpy("float64"), tail["timestamp"].astype("int64").to_numpy()
-    quantiles, scale = open_session(model).run(
-        None, {"candles": candles[None], "open_time": times[None], "width": np.ones(1)}
-    )
-    first, last = frame["timestamp"].iloc[[0, -1]]
     facts = {
-        "pair": str(POOLED),
-        "interval": "1h",
-        "window": window,
-        "columns": VALUE_COLUMNS,
-        "levels": list(LEVELS),
         "recipe": pooled.recipe.model_dump(),
         "recipe_hash": pooled.recipe.hash,
         "run_id": f"{pooled.cutoff:%Y%m%dT%H}",
-        "data": DataSpan(source="synthetic", label="", first=first, last=last, rows=9, gaps=0, content_hash=""),
         "cutoff": pooled.cutoff,
-        "created_at": pooled.cutoff,
         "scores": [{"model": "all pairs", "n": 1440, "crps/base": 0.98, "cov80": 0.8}, {}, {}],
-        "verdict": {"passed": True},
-        "golden": Golden.of(candles, times, quantiles[0], float(scale[0])),
-        "libraries": {},
-        "git_revision": "",
     }
-    return Manifest(**facts | changes)
+    return draft_manifest(Series(POOLED, Interval("1h")), frame, open_session(model), **facts | changes)
 
 
 def publish(store: ModelStore, pooled: Pooled, frame: pd.DataFrame, weights: str | None = None) -> str:

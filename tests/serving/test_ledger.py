@@ -81,7 +81,7 @@ def write_and_settle(url, barrier, results):
         abstention = Forecast(pair="BTC_USDT", interval="1h", status="abstain", reason="stale_data", sentence="")
         held_back = Ledger(engine).record(abstention, None, FRAME["timestamp"].iloc[1100])
         barrier.wait(LONG)
-        results.put((new, held_back, Ledger(engine).settle("BTC_USDT", "1h", FRAME)))
+        results.put((new, held_back, Ledger(engine).settle("BTC_USDT", FRAME)))
     except BaseException as e:
         results.put(repr(e))
     engine.dispose()
@@ -104,7 +104,7 @@ def test_the_live_record_is_the_backtest(engine):
     assert record_all(engine) == len(ROWS)
     assert record_all(engine) == 0
     ledger = Ledger(engine, clock=lambda: FRAME["timestamp"].iloc[1201])
-    assert ledger.settle("BTC_USDT", "1h", FRAME.head(1201)) == len(ROWS)
+    assert ledger.settle("BTC_USDT", FRAME.head(1201)) == len(ROWS)
     record = ledger.track_record("BTC_USDT")
     scores = evaluate(FRAME, ROWS, {"m": np.tile(quantiles(0.004), (len(ROWS), 1))}).table.loc["m"]
     found = [
@@ -160,18 +160,18 @@ def test_the_breaker_takes_a_bad_champion_back(engine, lost):
     ledger = Ledger(engine, clock=lambda: now)
     record_all(engine, ROWS[:167], spread=0.05, version=BAD)
     record_all(engine, ROWS, spread=0.05, version=GOOD)  # the predecessor was bad as well: not the champion's fault
-    ledger.settle("BTC_USDT", "1h", FRAME)
-    assert circuit_breaker(engine, "BTC_USDT", "1h", shelf, now) is None  # 167 hours are not enough
+    ledger.settle("BTC_USDT", FRAME)
+    assert circuit_breaker(engine, "BTC_USDT", shelf, now) is None  # 167 hours are not enough
     record_all(engine, ROWS[167:], spread=0.05, version=BAD)
-    ledger.settle("BTC_USDT", "1h", FRAME)
-    done = ledger.circuit_breaker("BTC_USDT", "1h", shelf)
+    ledger.settle("BTC_USDT", FRAME)
+    done = ledger.circuit_breaker("BTC_USDT", shelf)
     assert (done.from_version, done.to_version) == (BAD, "" if lost else GOOD)
     assert "above the base's" in done.reason
-    assert bool(why_suspended(engine, "BTC_USDT", "1h", BAD)) == bool(lost)
-    again = ledger.circuit_breaker("BTC_USDT", "1h", shelf)
+    assert bool(why_suspended(engine, "BTC_USDT", BAD)) == bool(lost)
+    again = ledger.circuit_breaker("BTC_USDT", shelf)
     if lost:
         assert again is None
         assert len(demotions(engine, "BTC_USDT")) == 1
     else:  # its own record is bad, too, and nothing is left before it
         assert (again.from_version, again.to_version) == (GOOD, "")
-        assert "train another model" in ledger.suspended("BTC_USDT", "1h", GOOD)
+        assert "train another model" in ledger.suspended("BTC_USDT", GOOD)

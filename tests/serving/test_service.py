@@ -459,12 +459,12 @@ def test_a_home_with_only_longer_candles(tmp_path, trusting, interval):
             for n in range(4):
                 server.clock.set(closed + n * step + pd.Timedelta("5s"))
                 service.tick()
-                forecast = service.answer("BTC_USDT", interval).forecast
+                forecast = service.answer(name).forecast
                 assert (forecast.status, forecast.model_version) == ("ok", version), forecast.sentence
                 assert pd.Timestamp(forecast.target_close) - pd.Timestamp(forecast.target_open) == step
             status = service.status()
             assert (status["ready"], status["degraded"]) == (True, [])
-            record = service.ledger.track_record("BTC_USDT", interval=interval)
+            record = service.ledger.track_record(name)
             assert (record.n, record.open, record.holes) == (3, 1, [])
         finally:
             service.stop()
