@@ -322,7 +322,7 @@ def test_api_goes_away_and_returns(browser, local, stage):
 @pytest.fixture
 def forgetful(stage) -> Iterator[Running]:
     "A page server that forgets soon who leaves without a word, but not while a slow machine still loads the page."
-    with page_server(stage, local=True, viewers=2, idle=30) as running:
+    with page_server(stage, local=True, viewers=2, idle=15) as running:
         PLACES[running.url] = 2
         yield running
 
