@@ -172,7 +172,7 @@ def listening_socket(settings: Settings) -> socket.socket:
         rule = f"the API cannot listen on {settings.host}:{settings.port} ({e.strerror})"
         raise SettingsError(f"{rule}; choose another address or port", "no_port") from None
 
-
+# %% ../../nbs/07_api/16_app.ipynb #c887a84b
 def _or_auto(name: str) -> str:
     "A library for uvicorn, or uvicorn's own choice where that library does not exist."
     return name if importlib.util.find_spec(name) else "auto"

@@ -65,12 +65,10 @@ def local(stage) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def public(stage) -> Iterator[Running]:
-    "A page server where people log in; who says goodbye is forgotten soon, and who only knocks."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MKRICH_PAGE_KNOCK", "0.02")
-        with page_server(stage, viewers=2, idle=600) as running:
-            PLACES[running.url] = 2
-            yield running
+    "A page server where people log in; only who says goodbye is forgotten soon."
+    with page_server(stage, viewers=2, idle=600) as running:
+        PLACES[running.url] = 2
+        yield running
 
 
 INSIDE = {
@@ -208,7 +206,7 @@ def test_a_home_with_models_of_four_hours_only(browser, tmp_path):
     stage = make_stage(tmp_path / "store", hours=100, interval="4h")
     stage.up()
     try:
-        with page_server(stage, local=True, viewers=2, idle=5) as running:
+        with page_server(stage, local=True, viewers=2, idle=600) as running:
             PLACES[running.url] = 2
             with viewer(browser, running) as seen:
                 seen.says("In 8 of 10 such candles of 4 hours the close lies in this range")
@@ -324,7 +322,7 @@ def test_api_goes_away_and_returns(browser, local, stage):
 @pytest.fixture
 def forgetful(stage) -> Iterator[Running]:
     "A page server that forgets soon who leaves without a word, but not while a slow machine still loads the page."
-    with page_server(stage, local=True, viewers=2, idle=30) as running:
+    with page_server(stage, local=True, viewers=2, idle=15) as running:
         PLACES[running.url] = 2
         yield running
 
@@ -341,6 +339,8 @@ def test_a_viewer_who_vanishes(browser, forgetful, stage):
 
     def ended() -> bool:
         stage.change(median=median + next(more) / 1000)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(1)  # news every second
         return not process.is_running()
 
     wait_for(ended, LONG, "the end of a process that nobody looks at")
