@@ -73,7 +73,7 @@ def free_port() -> int:
 
 def listen_at(host: str, port: int) -> socket.socket:
     "A socket that listens; `OSError` if the address or the port is not to be had."
-    # with its protocol named, asyncio sends each answer at once; without it (`create_server`) a kept-alive one waits 40 ms
+    # with its protocol named asyncio sends an answer at once; without (`create_server`) a kept-alive one waits 40 ms
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
