@@ -55,6 +55,7 @@ def test_a_wheel_carries_notebooks_sample_recipes_and_types(wheel):
         "notebooks/run_pretrain.ipynb",
         "notebooks/run_backtest.ipynb",
         "notebooks/dashboard.ipynb",
+        "runs/templates/run.html",
         "market/sample/NOTICE",
         "market/sample/BTC_USDT-1h.parquet",
         "market/sample/SOL_USDT-1h.parquet",

@@ -98,7 +98,7 @@ class Call(Generic[T]):
         "What makes two questions the same."
         return str(httpx.URL(self.path, params=self.params)) if self.params else self.path
 
-
+# %% ../../nbs/07_api/17_calls.ipynb #9a2ac5f2
 def read_frame(told: Plain) -> "pd.DataFrame":
     "Candles as a checked frame; `attrs` has their source."
     import pandas as pd

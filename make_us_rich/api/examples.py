@@ -153,7 +153,7 @@ class ExampleApi:
         "Let the service answer with this forecast."
         self.service.states[forecast.series].answering.show(forecast, NOW)
 
-
+# %% ../../nbs/07_api/08_examples.ipynb #2ab14ce3
 def example_api(
     home: Path,
     series: Iterable[str] = ("BTC_USDT/1h",),

@@ -55,7 +55,7 @@ class Versions(BaseModel):
     interval: str
     versions: list[Version]
 
-
+# %% ../../nbs/07_api/11_models.ipynb #bf187553
 @router.get("/v1/models", summary="The version that serves each series", **allow("known"))
 def _models(request: Request) -> Models:
     "Degraded means: the champion does not load or failed its trial, so an earlier version serves."

@@ -79,7 +79,7 @@ def _log_in(api: Api, address: str, body: bytes) -> str:
     with session(api.engine) as s:
         return make_token(s, verify_password(s, name[:64], password[:256]), "page", WEEK, api.clock()).token
 
-
+# %% ../../nbs/07_api/15_pages.ipynb #83559b7a
 @router.get(
     "/session/login", summary="The log-in page of the front door", response_class=HTMLResponse, **allow("public")
 )

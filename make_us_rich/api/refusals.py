@@ -94,7 +94,7 @@ NEUTRAL = {
     "internal": Refusal(500, "internal", "something went wrong here; give the request id to whoever runs this service"),
 }
 
-
+# %% ../../nbs/07_api/01_refusals.ipynb #07d5d3df
 def refusal_of(error: Exception) -> Refusal:
     "What a caller is told about an error."
     if isinstance(error, Refusal):

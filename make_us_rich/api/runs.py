@@ -68,7 +68,7 @@ class Runs(BaseModel):
 
     runs: list[RunLine]
 
-
+# %% ../../nbs/07_api/14_runs.ipynb #702995bc
 RunState = Literal["running", "published", "refused", "failed", "skipped", "abandoned"]
 
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from ..core.settings import MakeUsRichError, Settings, get_settings
 from ..core.processes import end_tree, exit_with_parent, start_with_parent
+from .output import PlannedPairs, PlanOption
 from .output import app, new_console, new_table, say
 
 if TYPE_CHECKING:
@@ -51,13 +52,8 @@ def _plan_of(pairs: list[str] | None, file: Path | None, settings: Settings) -> 
     "[bold]mkrich deploy-schedule --file pairs.yaml --limit 8[/]",
 )
 def deploy_schedule(
-    pairs: Annotated[
-        list[str] | None, typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]")
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", help="YAML list of pairs, as for `mkrich schedule`. Default: MUR_HOME/pairs.yaml."),
-    ] = None,
+    pairs: PlannedPairs = None,
+    file: PlanOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Runs at once in the whole fleet; without: only the workers' own limits.")
     ] = None,
@@ -195,10 +191,8 @@ def fleet_train(ticket: Annotated[str, typer.Option(help="The engine's name of t
 # %% ../../nbs/11_cli/08_fleet.ipynb #23044365
 @fleet_app.command("plan", epilog="Example: [bold]mkrich fleet plan BTC_USDT ETH_USDT[/]")
 def fleet_plan(
-    pairs: Annotated[list[str] | None, typer.Argument(help="Pairs; or use --file.", metavar="[PAIR...]")] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", help="YAML list of pairs. Default: MUR_HOME/pairs.yaml.")
-    ] = None,
+    pairs: PlannedPairs = None,
+    file: PlanOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="For the engine: {pairs, pretrain, tickets} on the standard input.")
     ] = False,

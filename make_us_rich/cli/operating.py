@@ -6,13 +6,13 @@
 __all__ = ['alerts_app', 'schedule', 'pretrain', 'runs', 'alerts_test', 'sync_wandb_command', 'dashboard']
 
 # %% ../../nbs/11_cli/06_operating.ipynb #e30578aa
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from ..core.settings import get_settings, system_clock
+from .output import PlannedPairs, PlanOption
 from make_us_rich.cli.output import (
     Assignments,
     IntervalOption,
@@ -31,13 +31,8 @@ from .train import open_run_ledger, train_one
     "[bold]mkrich schedule --file pairs.yaml --jobs 2[/] | [bold]mkrich schedule --once[/]"
 )
 def schedule(
-    pairs: Annotated[
-        list[str] | None, typer.Argument(help="Pairs, each after its closes; or use --file.", metavar="[PAIR...]")
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", help="YAML list of pairs; read again when it changes. Default: MUR_HOME/pairs.yaml."),
-    ] = None,
+    pairs: PlannedPairs = None,
+    file: PlanOption = None,
     once: Annotated[bool, typer.Option("--once", help="Do what is due now and end.")] = False,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Runs at once.")] = 2,
 ) -> None:

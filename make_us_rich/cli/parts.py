@@ -103,7 +103,7 @@ def _api(order: dict[str, Any], settings: Settings) -> int:
     import uvicorn
 
     from make_us_rich.api.logs import configure_logging
-    from make_us_rich.api.app import create_app, listening_socket, prepare_users
+    from make_us_rich.api.app import create_app, listening_socket, prepare_users, uvicorn_options
     from make_us_rich.core.database import connect, migrate
     from make_us_rich.market.clock import RunningClock
     from make_us_rich.serving.service import Service
@@ -116,10 +116,7 @@ def _api(order: dict[str, Any], settings: Settings) -> int:
         Service(settings, engine=engine, clock=RunningClock(speed=order["speed"])), engine, settings
     )
     with listening_socket(settings) as door:
-        config = uvicorn.Config(
-            application, log_config=None, access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=3
-        )
-        uvicorn.Server(config).run(sockets=[door])
+        uvicorn.Server(uvicorn.Config(application, **uvicorn_options())).run(sockets=[door])
     return 0
 
 # %% ../../nbs/11_cli/08a_parts.ipynb #b232f308

@@ -173,6 +173,18 @@ def _room(values: list[float]) -> list[float]:
     low, high = min(values), max(values)
     return [low - 0.04 * (high - low or 1), high + 0.04 * (high - low or 1)]
 
+# %% ../../nbs/10_dashboard/03_figures.ipynb #4b9ad6ef
+def _no_forecast(x: float, y: float, interval: str) -> Plain:
+    "A note where the forecast would be."
+    return {
+        "x": x,
+        "y": y,
+        "text": f"no forecast<br>for this {noun(interval)}",
+        "showarrow": False,
+        "font": {"color": DARK["accent"]},
+        "yshift": 40,
+    }
+
 # %% ../../nbs/10_dashboard/03_figures.ipynb #af9e8304
 def forecast_figure(candles: Plain, forecast: Plain | None, history: Plain) -> Plain:
     "Candles on the ranges of the past, and the ranges of the next candle."
@@ -232,18 +244,6 @@ def forecast_figure(candles: Plain, forecast: Plain | None, history: Plain) -> P
         meta=meta,
     )
     return {"data": [*past_traces(history, x[0]), *fan, *drawn], "layout": layout}
-
-
-def _no_forecast(x: float, y: float, interval: str) -> Plain:
-    "A note where the forecast would be."
-    return {
-        "x": x,
-        "y": y,
-        "text": f"no forecast<br>for this {noun(interval)}",
-        "showarrow": False,
-        "font": {"color": DARK["accent"]},
-        "yshift": 40,
-    }
 
 # %% ../../nbs/10_dashboard/03_figures.ipynb #3363d67e
 def skill_steps(rows: list[Plain], window: int = 168, least: int = 24) -> list[tuple[float, float, float]]:

@@ -80,7 +80,7 @@ def voila_config(options: Plain) -> Plain:
         "KernelManager": {"transport": "ipc"},
     }
 
-
+# %% ../../nbs/10_dashboard/11_server.ipynb #5a7b534c
 def quiet_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     "A log record without the secret that opens the page, and without the numbers of viewers' processes."
     record = logging.LogRecord(*args, **kwargs)

@@ -25,6 +25,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from ..core.settings import SettingsError, utc_iso
+from ..core.supervisor import listen_at
 from .series import MINUTES, Interval
 from .clock import RunningClock
 from .tape import Faults, Tape, spoil
@@ -241,7 +242,7 @@ def _server(app: FastAPI, **options: Any) -> uvicorn.Server:
 def _listen(host: str, port: int) -> socket.socket:
     "A socket on this address; `SettingsError` if it is taken."
     try:
-        return socket.create_server((host, port))
+        return listen_at(host, port)
     except OSError as e:
         raise SettingsError(
             f"the replay cannot listen on {host}:{port} ({e.strerror}); choose another port, or 0 for any free one"

@@ -36,7 +36,7 @@ class Event:
         "The event as JSON."
         return orjson.dumps(asdict(self))
 
-
+# %% ../../nbs/06_serving/07_events.ipynb #e267d770
 class Subscription:
     "What one reader has yet to read; `over` if nothing more will come: all is closed, or they did not read in time."
 

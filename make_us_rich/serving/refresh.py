@@ -191,8 +191,8 @@ def refresh(parts: Parts, state: SeriesState) -> bool:
         try:
             state.fetching.fetch(parts, state.choice.rows)
             turn(parts, state)
-            state.answering.succeed()
+            state.answering.end_turn(None, parts.now, parts.patience)
         except Exception as e:
             log.warning("%s: %s", state.series.pair, e, exc_info=not isinstance(e, MakeUsRichError))
-            state.answering.fail(e, parts.now, parts.patience)
+            state.answering.end_turn(e, parts.now, parts.patience)
         return True

@@ -1,5 +1,6 @@
 """The service over a replay exchange with a movable clock and a real model: hours, swaps, bans, outages, restarts, several at once."""
 
+import ast
 import gc
 import json
 import sqlite3
@@ -21,6 +22,7 @@ from make_us_rich.market.tape import Faults
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.registry.store import ModelStore
 from make_us_rich.serving import choice
+from make_us_rich.serving import refresh as refreshing
 from make_us_rich.serving import service as module
 from make_us_rich.serving.ledger import load_record
 from make_us_rich.serving.service import Service
@@ -468,6 +470,15 @@ def test_a_home_with_only_longer_candles(tmp_path, trusting, interval):
             assert (record.n, record.open, record.holes) == (3, 1, [])
         finally:
             service.stop()
+
+
+def test_what_is_known_of_a_series_has_one_writer_each():
+    "Fetching, choice, settling, answering: whoever composes them asks, and sets nothing."
+    for composer in (refreshing, module):
+        nodes = ast.walk(ast.parse(Path(composer.__file__).read_text()))
+        stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        foreign = {ast.unparse(n) for n in stored if ast.unparse(n.value) != "self"}
+        assert foreign <= {"parts.jitter", "service.parts.market.rest_until"}, composer.__name__
 
 
 def only_for(local, method):
