@@ -121,16 +121,17 @@ def test_a_broken_body_says_nothing_to_strangers(world, method, path):
 def test_a_member_at_an_admin_route_leaves_a_line_and_no_effect(world):  # F71
     before = len(world.client("admin").get("/v1/users").json()["users"])
     world.api.authenticator.scoldings = Limiter(clock=lambda: 0.0)  # all within a minute
+
+    def lines() -> int:
+        about = (Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob")
+        with session(world.engine) as s:
+            return s.query(Audit).filter(*about).count()
+
+    known = lines()
     for _ in range(30):
         assert world.client().post("/v1/users", json={"name": "mallory", "role": "admin"}).status_code == 403
-    with session(world.engine) as s:
-        lines = (
-            s.query(Audit)
-            .filter(Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob")
-            .count()
-        )
     assert len(world.client("admin").get("/v1/users").json()["users"]) == before
-    assert lines == 10  # ten a minute are enough evidence
+    assert lines() - known == 10  # ten a minute are enough evidence
 
 
 def test_schemathesis(world):
