@@ -76,6 +76,11 @@ def import_candles(store: CandleStore, source: Any, series: str | Series, clock:
     series = Series.parse(series)
     frame, report = read_series(source, series, clock())
     if store.path(series).is_file():
-        refuse_strangers(frame, store.read(series), series, report.kind)
+        stored = store.read(series)
+        refuse_strangers(frame, stored, series, report.kind)
+        if report.lacking:  # what is known stays, rather than become a zero
+            frame = frame[~frame["timestamp"].isin(stored["timestamp"])].reset_index(drop=True)
+        if frame.empty:
+            return report
     store.update(FileSource(frame, report, clock), series, start=frame["timestamp"].iloc[0])
     return report
