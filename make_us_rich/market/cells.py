@@ -106,8 +106,10 @@ def _lines_of(text: str) -> list[tuple[int, list[str]]]:
         raise CandleError(f"{rule}; finish the merge first")
     kept = [(i + 1, line) for i, line in enumerate(lines) if line.strip() and not _COMMENT.match(line)]
     sign = _separator([line for _, line in kept[:200]]) if kept else ","
-    rows = [[cell.strip() for cell in cells] for cells in csv.reader((line for _, line in kept), delimiter=sign)]
-    return list(zip((i for i, _ in kept), rows if sign == "," else _with_points(rows), strict=True))
+    reader = csv.reader((line for _, line in kept), delimiter=sign)
+    found = [(kept[reader.line_num - 1][0], [cell.strip() for cell in cells]) for cells in reader]
+    rows = [cells for _, cells in found]
+    return list(zip((i for i, _ in found), rows if sign == "," else _with_points(rows), strict=True))
 
 # %% ../../nbs/02_market/03b_cells.ipynb #0864f898
 SPELLINGS = {
@@ -260,6 +262,9 @@ def _of_bytes(data: bytes, kind: str) -> Cells:
                 raise CandleError(f"{kind} is an archive of {len(inside)} files; unpack it and read one of them")
             return _of_bytes(archive.read(inside[0]), kind)
     text = _text_of(data)
+    if "\0" in text:
+        rule = f"{kind} is neither text nor one of the formats that are known"
+        raise CandleError(f"{rule}; give candles as CSV, JSON, Parquet or Feather, also zipped", "bad_candles")
     if text.lstrip()[:1] not in ("[", "{"):
         return _of_text(text, kind)
     try:
