@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqlalchemy import Engine, func, insert, select, text
+from sqlalchemy import Engine, func, insert, select
 
 from ..core.settings import Settings, StoreError, log, system_clock, utc_iso
 from ..core.storage import MODEL_LIMIT, Objects, list_objects, replace, sync_folder, write_atomic
