@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from dash_kit import Stage, make_stage, page_server
-from waiting import LONG
+from waiting import LONG, until
 
 from make_us_rich.dashboard.server import Running
 
@@ -183,7 +183,7 @@ def test_the_policy_lets_nothing_out_and_the_page_works(page, stage):
                 document.head.append(Object.assign(document.createElement('base'), {href: 'http://localhost:9/'}));
             }"""
         )
-        shown.wait_for_function("breaches.length >= 4")
+        until(shown, "breaches.length >= 4")
         stopped = {breach.split(" ")[0] for breach in shown.evaluate("breaches")}
         assert stopped == {"connect-src", "script-src-elem", "img-src", "base-uri"}
         shown.goto("about:blank")
