@@ -102,7 +102,8 @@ class RequestLimits:
     "The outermost layer: request ids, limits, one log line and two numbers per answer."
 
     def __init__(self, app: ASGIApp, metrics: Metrics, hosts: OwnHosts, most: int = 64) -> None:
-        self.app, self.metrics, self.hosts = app, metrics, hosts
+        self.app, self.metrics = app, metrics
+        self.hosts = hosts
         self.places = Places(most, "calls", roomy=most // 2)
         self.bodies = Bodies()
 

@@ -323,7 +323,7 @@ def build_app(
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
-    "The refusal for an address or a method that no route has; the methods that an address takes may be those of several routes."
+    "The refusal for an address or a method that no route has; several routes may share an address."
     refusal = refusal_of(error)
     if refusal.status == 405:
         refusal.headers["Allow"] = ", ".join(_methods_at(request))
@@ -333,4 +333,5 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 def _methods_at(request: Request) -> list[str]:
     "The methods that an address takes."
     routes = [route for route in request.app.routes if isinstance(route, GuardedRoute)]
-    return sorted({method for route in routes if route.path_regex.match(request.url.path) for method in route.methods})
+    here = [route for route in routes if route.path_regex.match(request.url.path)]
+    return sorted({method for route in here for method in route.methods or ()})

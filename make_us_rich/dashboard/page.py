@@ -101,7 +101,7 @@ def tell_nothing(shell: Any) -> None:
     "Let errors and prints of this process end here instead of in the browser."
     shell._showtraceback = lambda *_: None
     for stream in (sys.stdout, sys.stderr):
-        setattr(stream, "write", len)  # as if all of it had been written
+        stream.write = len  # type: ignore[method-assign]  # as if all of it had been written
 
 
 def open_dashboard(environment: dict[str, str] | None = None) -> Dashboard:
