@@ -17,13 +17,11 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..core.settings import AuthError
-from ..core.tables import User
 from ..core.database import session
 from .refusals import Refusal
-from .accounts import find_token, list_tokens, revoke_token, verify_password
+from .accounts import close_page, find_token, open_page, page_token, verify_password
 from .access import bearer_token
 from .routing import CHECK, COOKIE, Api, address_of, api_of, allow, router, shown_token
-from .people import make_token
 from .status import Health
 
 # %% ../../nbs/07_api/15_pages.ipynb #513c0fdd
@@ -61,22 +59,22 @@ HTML_AGAIN = {
 }
 
 
-def _known_by_cookie(request: Request) -> User | None:
-    "Whoever the browser's cookie belongs to, if it is still valid."
-    api, raw = api_of(request), request.cookies.get(COOKIE, "")
+def _known_by_cookie(request: Request) -> str:
+    "The name of whoever the browser's cookie belongs to, if it is still valid."
+    api, cookie = api_of(request), request.cookies.get(COOKIE, "")
     try:
         with session(api.engine) as s:
-            return find_token(s, raw, api.clock()) if raw else None
+            return find_token(s, page_token(cookie), api.clock()).name if cookie else ""
     except AuthError:
-        return None
+        return ""
 
 
 def _log_in(api: Api, address: str, body: bytes) -> str:
-    "A token that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
+    "The cookie of a session that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
     said = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10)
     name, password = (said.get(field, [""])[0] for field in ("name", "password"))
     with api.logins.trial(name[:64], address), session(api.engine) as s:
-        return make_token(s, verify_password(s, name[:64], password[:256]), "page", WEEK, api.clock()).token
+        return open_page(s, verify_password(s, name[:64], password[:256]), api.clock(), WEEK)
 
 
 def _refuse_foreign(request: Request) -> None:
@@ -94,8 +92,7 @@ def _refuse_foreign(request: Request) -> None:
 )
 def _login_form(request: Request) -> Response:
     "A form without a script; for somebody who is logged in, the way out."
-    user = _known_by_cookie(request)
-    return _login_page(user.name if user else "")
+    return _login_page(_known_by_cookie(request))
 
 
 @router.post(
@@ -144,15 +141,12 @@ def _check_session(request: Request) -> Response:
     "/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **allow("public")
 )
 def _close_session(request: Request) -> Response:
-    "Revokes the cookie's token and leads to the log-in page."
+    "Ends the session of the cookie and leads to the log-in page."
     _refuse_foreign(request)
-    api, raw = api_of(request), request.cookies.get(COOKIE, "")
-    user = _known_by_cookie(request)
-    if user is not None:
+    api, cookie = api_of(request), request.cookies.get(COOKIE, "")
+    if cookie:
         with session(api.engine) as s:
-            for token in list_tokens(s, user):
-                if token.revoked_at is None and raw.startswith(token.prefix) and token.name == "page":
-                    revoke_token(s, token.id, api.clock(), owner=user, actor=user.name)
+            close_page(s, cookie, api.clock())
         api.authenticator.forget()
     answer = RedirectResponse("/session/login", 303, {"Cache-Control": "no-store"})
     answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="lax")

@@ -35,6 +35,7 @@ from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .refusals import Problem, Refusal, refusal_of
 from .logs import REQUEST_ID, Metrics
+from .accounts import page_token
 from .access import ACCESS, Access, Authenticator, Caller
 from .places import Places
 from .log_ins import LogIns
@@ -103,7 +104,7 @@ CHECK, COOKIE = "/session/check", "mur_session"  # where the front door asks, an
 def shown_token(request: Request) -> str | None:
     "The header with the token; where the front door asks, a browser's cookie stands for it."
     cookie = request.cookies.get(COOKIE) if request.scope["path"] == CHECK else None
-    return f"Bearer {cookie}" if cookie else request.headers.get("authorization")
+    return f"Bearer {page_token(cookie)}" if cookie else request.headers.get("authorization")
 
 
 async def _admit(request: Request, access: str) -> None:

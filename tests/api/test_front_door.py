@@ -15,7 +15,7 @@ from dash_kit import Stage, make_stage, page_server
 from servers import free_port
 from waiting import LONG, until, wait_for
 
-from make_us_rich.api.accounts import get_user, list_tokens
+from make_us_rich.api.accounts import get_user, list_tokens, page_token
 from make_us_rich.api.examples import PASSWORD
 from make_us_rich.api.log_ins import LogIns
 from make_us_rich.core.database import session
@@ -172,7 +172,7 @@ def test_wrong_right_and_out(door, stage):
             assert thief.get("/").status_code == 303
             assert thief.get("/api/kernels").status_code == 401
     with session(stage.engine) as s:
-        (token,) = [t for t in list_tokens(s, get_user(s, "bob")) if raw.startswith(t.prefix)]
+        (token,) = [t for t in list_tokens(s, get_user(s, "bob")) if page_token(raw).startswith(t.prefix)]
         assert token.name == "page" and token.revoked_at is not None
 
 
