@@ -12,6 +12,7 @@ from schemathesis import GenerationMode
 
 from make_us_rich.api.accounts import Limiter, add_user, create_token
 from make_us_rich.api.examples import PASSWORD
+from make_us_rich.api.log_ins import LogIns
 from make_us_rich.api.routing import GuardedRoute
 from make_us_rich.core.database import session
 from make_us_rich.core.tables import Audit
@@ -61,9 +62,11 @@ BAD_TOKENS = ("wrong", "revoked", "expired", "disabled")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUR_HOSTS", "testserver")  # as Schemathesis calls it
+        world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
     world.api.authenticator.guesses = Limiter(times=10**6)
-    world.app.state.api.logins = Limiter(times=10**6)
+    world.app.state.api.logins = LogIns(times=10**6)
     world.app.state.api.longest = 0.0  # a stream says hello and ends
     yield world
     world.engine.dispose()
