@@ -47,12 +47,15 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     service.events.open()  # the same application may have been stopped before
     _first_at_signals(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(service.events.close))
     measuring = asyncio.create_task(_measure(api))
+    tidying = asyncio.create_task(api.authenticator.tidy())
     threading.Thread(target=_work, args=(service,), name="service", daemon=True).start()
     try:
         yield
     finally:
         service.events.close()
         await measuring
+        tidying.cancel()
+        await asyncio.to_thread(api.authenticator.leases.give_back)
         await _end(service)
 
 

@@ -19,6 +19,7 @@ from ..core.tables import Token, User
 from ..core.database import session
 from .refusals import Refusal
 from make_us_rich.api.accounts import (
+    Person,
     add_user,
     call_limit,
     create_token,
@@ -27,7 +28,6 @@ from make_us_rich.api.accounts import (
     list_users,
     revoke_token,
     set_disabled,
-    usage,
     verify_password,
 )
 from .routing import address_of, api_of, allow, router
@@ -130,7 +130,8 @@ def _me(request: Request) -> Me:
     "Not counted as a call."
     api, caller = api_of(request), request.scope["caller"]
     with session(api.engine) as s:
-        month = usage(s, get_user(s, caller.name), api.settings.monthly_calls, api.clock())
+        limit = call_limit(get_user(s, caller.name), api.settings.monthly_calls)
+    month = api.authenticator.leases.usage(Person(caller.id, caller.name, caller.role), limit, api.clock())
     renews = utc_iso(month.renews_at)
     return Me(
         name=caller.name,

@@ -62,7 +62,7 @@ BAD_TOKENS = ("wrong", "revoked", "expired", "disabled")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
-    world.api.authenticator.guesses = Limiter(times=10**6)
+    world.api.authenticator.guesses = world.api.authenticator.brakes = Limiter(times=10**6)
     world.app.state.api.logins = Limiter(times=10**6)
     world.app.state.api.longest = 0.0  # a stream says hello and ends
     yield world
