@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAME', 'ROLES', 'HASHER', 'SHORTEST_PASSWORD', 'LONGEST_PASSWORD', 'MOST_CALLS', 'NOT_KNOWN', 'NO_TOKEN', 'USE_STEP',
-           'WHOSE', 'MOST_PAGES', 'COUNT', 'UNCOUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled',
-           'set_password', 'verify_password', 'token_hash', 'create_token', 'Person', 'find_token', 'list_tokens',
-           'revoke_token', 'page_token', 'open_page', 'close_page', 'month_of', 'count_call', 'uncount_call',
-           'Allowance', 'call_limit', 'usage', 'renewal', 'Limiter']
+           'WHOSE', 'COUNT', 'UNCOUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled', 'set_password',
+           'verify_password', 'token_hash', 'create_token', 'Person', 'find_token', 'list_tokens', 'revoke_token',
+           'month_of', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'renewal', 'Limiter']
 
 # %% ../../nbs/07_api/03_accounts.ipynb #b29e8ffd
-import base64
 import hashlib
 import ipaddress
 import math
@@ -52,9 +50,8 @@ def _check_name(name: str, what: str) -> str:
         rule = f"the name of a {what} is 1 to 64 letters (a-z, A-Z), digits, dots, underscores or hyphens"
         raise SettingsError(f"{rule}, not {_quoted(name)}; choose another one", "bad_name")
     if name.lower().startswith("mur_") or scrub(name) != name:
-        raise SettingsError(
-            f"the name of a {what} does not begin with mur_, as tokens do; choose another one", "bad_name"
-        )
+        rule = f"the name of a {what} does not begin with mur_, as tokens do"
+        raise SettingsError(f"{rule}; choose another one", "bad_name")
     return name
 
 
@@ -263,36 +260,6 @@ def revoke_token(
             session, now, actor, "token.revoked", session.get_one(User, token.user_id).name, f"{token.id} {token.name}"
         )
     return token
-
-# %% ../../nbs/07_api/03_accounts.ipynb #ef2b2d9b
-MOST_PAGES = 10
-
-
-def page_token(cookie: str) -> str:
-    "The token of the session that a cookie stands for."
-    digest = hashlib.sha256(b"page session " + cookie.encode("utf-8", "replace")).digest()
-    return "mur_page_" + base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-
-def open_page(session: Session, user: User, now: pd.Timestamp, days: int) -> str:
-    "The cookie of a new session of the page."
-    cookie = "mur_cookie_" + secrets.token_urlsafe(32)
-    expires = now + pd.Timedelta(days=days)
-    create_token(session, user, "page", now, expires=expires, actor=user.name, raw=page_token(cookie))
-    pages = [t for t in list_tokens(session, user) if t.prefix.startswith("mur_page_") and t.revoked_at is None]
-    for old in pages[:-MOST_PAGES]:
-        revoke_token(session, old.id, now, owner=user, actor=user.name)
-    return cookie
-
-
-def close_page(session: Session, cookie: str, now: pd.Timestamp) -> bool:
-    "End the session of a cookie; False if there is none."
-    found = session.execute(WHOSE, {"sha256": token_hash(page_token(cookie))}).one_or_none()
-    if found is None:
-        return False
-    user, token = found
-    revoke_token(session, token.id, now, owner=user, actor=user.name)
-    return True
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a18e3e83
 COUNT = text(

@@ -19,7 +19,6 @@ from ..core.tables import Token, User
 from ..core.database import session
 from .refusals import Refusal
 from make_us_rich.api.accounts import (
-    Person,
     add_user,
     call_limit,
     create_token,
@@ -30,6 +29,7 @@ from make_us_rich.api.accounts import (
     set_disabled,
     verify_password,
 )
+from .leases import month_so_far
 from .routing import address_of, api_of, allow, router
 
 # %% ../../nbs/07_api/12_people.ipynb #68333aef
@@ -131,7 +131,7 @@ def _me(request: Request) -> Me:
     api, caller = api_of(request), request.scope["caller"]
     with session(api.engine) as s:
         limit = call_limit(get_user(s, caller.name), api.settings.monthly_calls)
-    month = api.authenticator.leases.usage(Person(caller.id, caller.name, caller.role), limit, api.clock())
+    month = month_so_far(api.authenticator.leases, caller.id, limit, api.clock())
     renews = utc_iso(month.renews_at)
     return Me(
         name=caller.name,

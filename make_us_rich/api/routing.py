@@ -34,8 +34,9 @@ from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .refusals import Problem, Refusal, refusal_of
 from .logs import REQUEST_ID, Metrics
-from .accounts import Limiter, page_token
-from .access import ACCESS, Access, Authenticator, Caller
+from .accounts import Limiter
+from .page_sessions import page_token
+from .access import ACCESS, Access, Authenticator, Caller, brake
 from .limits import RequestLimits
 
 # %% ../../nbs/07_api/07_routing.ipynb #1d48a395
@@ -113,7 +114,7 @@ async def _admit(request: Request, access: str) -> None:
     caller = await authenticator.enter(shown_token(request), address_of(request), access, target)
     request.scope["caller"] = caller
     if access != "counted" and request.scope["path"] != CHECK:  # the front door asks that for every picture of the page
-        authenticator.brake(caller)
+        brake(authenticator.brakes, caller)
 
 
 def _refund(request: Request) -> None:

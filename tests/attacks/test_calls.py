@@ -18,8 +18,9 @@ from sqlalchemy import event, select, text
 from waiting import LONG, wait_for
 
 from make_us_rich.api.access import Authenticator
-from make_us_rich.api.accounts import Limiter, create_token, get_user, list_tokens, open_page, page_token, set_disabled
+from make_us_rich.api.accounts import Limiter, create_token, get_user, list_tokens, set_disabled
 from make_us_rich.api.examples import NOW, PASSWORD, a_forecast, add_people
+from make_us_rich.api.page_sessions import open_page, page_token
 from make_us_rich.api.refusals import Refusal
 from make_us_rich.api.routing import CHECK, COOKIE
 from make_us_rich.core.database import connect, migrate, session
