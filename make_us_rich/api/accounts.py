@@ -6,7 +6,8 @@
 __all__ = ['NAME', 'ROLES', 'HASHER', 'SHORTEST_PASSWORD', 'LONGEST_PASSWORD', 'MOST_CALLS', 'NOT_KNOWN', 'NO_TOKEN', 'USE_STEP',
            'WHOSE', 'COUNT', 'UNCOUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled', 'set_password',
            'verify_password', 'token_hash', 'create_token', 'Person', 'find_token', 'list_tokens', 'revoke_token',
-           'month_of', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'renewal', 'Limiter']
+           'month_of', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'renewal', 'Limiter',
+           'network_of']
 
 # %% ../../nbs/07_api/03_accounts.ipynb #b29e8ffd
 import hashlib
@@ -344,18 +345,24 @@ class Limiter:
     def wait(self, address: str) -> int:
         "Whole seconds until this address may try again, 0 if it may now; counts nothing."
         with self._lock:
-            return self._wait(_network(address))
+            return self._wait(network_of(address))
 
     def take(self, address: str) -> int:
         "Like `wait`, and counts a try if one is allowed, in one step."
         with self._lock:
-            left = self._wait(key := _network(address))
+            left = self._wait(key := network_of(address))
             if not left:
                 self._tries.setdefault(key, deque()).append(self.clock())
                 self._tries.move_to_end(key)
                 if len(self._tries) > self.keep:
                     self._tries.popitem(last=False)
             return left
+
+    def give_back(self, address: str) -> None:
+        "Forget the newest try of an address: it was none."
+        with self._lock:
+            if tries := self._tries.get(network_of(address)):
+                tries.pop()
 
     def _wait(self, key: str) -> int:
         "Seconds to wait, with the lock held; forgets tries that are over."
@@ -365,7 +372,7 @@ class Limiter:
         return 0 if len(tries) < self.times else max(1, math.ceil(tries[0] + self.seconds - now))
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     "An IPv4 address itself, the /64 network of an IPv6 address, any other text as it is."
     try:
         read = ipaddress.ip_address(address)

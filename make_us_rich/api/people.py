@@ -118,10 +118,7 @@ class TokenBody(BaseModel):
 def _login(request: Request, body: LoginBody) -> NewToken:
     "The token lives for 30 days."
     api = api_of(request)
-    if wait := api.logins.take(address_of(request)):
-        text = f"too many log-ins came from this address; wait {wait} seconds"
-        raise Refusal(429, "too_many_tries", text, {"Retry-After": str(wait)})
-    with session(api.engine) as s:
+    with api.logins.trial(body.name, address_of(request)), session(api.engine) as s:
         return make_token(s, verify_password(s, body.name, body.password), "login", 30, api.clock())
 
 

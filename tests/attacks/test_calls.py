@@ -294,7 +294,7 @@ def test_whatever_happens_after_the_count_gives_back(world, monkeypatch, fault, 
         raise fault
 
     async def get():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(world.app), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(world.app), base_url="http://localhost") as client:
             headers = {"Authorization": f"Bearer {world.tokens['member']}"}
             return (await client.get("/v1/forecasts/BTC_USDT", headers=headers)).status_code
 
