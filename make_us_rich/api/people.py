@@ -27,9 +27,9 @@ from make_us_rich.api.accounts import (
     list_users,
     revoke_token,
     set_disabled,
-    usage,
     verify_password,
 )
+from .leases import month_so_far
 from .routing import address_of, api_of, allow, router
 
 # %% ../../nbs/07_api/12_people.ipynb #68333aef
@@ -127,7 +127,8 @@ def _me(request: Request) -> Me:
     "Not counted as a call."
     api, caller = api_of(request), request.scope["caller"]
     with session(api.engine) as s:
-        month = usage(s, get_user(s, caller.name), api.settings.monthly_calls, api.clock())
+        limit = call_limit(get_user(s, caller.name), api.settings.monthly_calls)
+    month = month_so_far(api.authenticator.leases, caller.id, limit, api.clock())
     renews = utc_iso(month.renews_at)
     return Me(
         name=caller.name,
