@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import pandas as pd
 from pwdlib import PasswordHash
@@ -379,6 +379,7 @@ class Limiter:
         return 0 if len(tries) < self.times else max(1, math.ceil(tries[0] + self.seconds - now))
 
 
+@lru_cache(4096)
 def network_of(address: str) -> str:
     "An IPv4 address itself, the /64 network of an IPv6 address, any other text as it is."
     try:
