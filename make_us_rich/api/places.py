@@ -40,7 +40,7 @@ class Place:
             self.places.total -= 1
             self.places.let_go(self.holders)
 
-
+# %% ../../nbs/07_api/04a_places.ipynb #4d6b8ab4
 class Places:
     "`most` places; who has a share of them gets no more, unless fewer than `roomy` are taken."
 
