@@ -102,6 +102,7 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 
 
 def publish(parameters, promote):
+    from make_us_rich.core.settings import get_settings
     from make_us_rich.market.candle_store import CandleStore
     from make_us_rich.registry.manifest import draft_manifest
     from make_us_rich.registry.store import ModelStore
@@ -111,7 +112,7 @@ def publish(parameters, promote):
     run_id = parameters["run_id"]
     facts = {"recipe": {}, "recipe_hash": read_run_id(run_id).recipe_hash, "run_id": run_id, "scores": []}
     draft = draft_manifest(parameters["pair"], frame, source="synthetic", cutoff=parameters["cutoff"], **facts)
-    models = ModelStore(parameters["models_url"])
+    models = ModelStore.of(get_settings(home=parameters["home"], models_url=parameters["models_url"]))
     version = models.publish(draft, b"noise " + os.urandom(16))
     if promote:
         models.promote(parameters["pair"], version)
@@ -332,7 +333,7 @@ class Simulation:
         "Remove old versions and leftovers, and see that the leftovers are gone."
         from make_us_rich.registry.store import ModelStore
 
-        models = ModelStore(self.settings.store_url)
+        models = ModelStore.of(self.settings)
         models.clean(keep=24, grace="0s")
         left = [f"{pair} {i.version}" for pair in self.pairs for i in models.versions(pair) if i.problem]
         self.problems += [f"{name} was not cleaned" for name in left]
@@ -345,7 +346,7 @@ class Simulation:
         """
         from make_us_rich.registry.store import ModelStore
 
-        models, rows = ModelStore(self.settings.store_url), self.rows()
+        models, rows = ModelStore.of(self.settings), self.rows()
         for pair in self.pairs:
             infos = models.versions(pair)
             unfinished = {i.version for i in infos if i.problem.startswith("not finished")}

@@ -126,7 +126,7 @@ def _models(settings: Settings) -> Finding:
     "The stored versions are whole."
     from make_us_rich.registry.store import ModelStore
 
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     damaged = [i.version for series in store.series() for i in store.versions(series) if i.problem]
     told = f", damaged: {', '.join(damaged)}" if damaged else ""
     return _judged("models", not damaged, f"{settings.store_url}, {len(store.series())} pairs{told}", "train again")

@@ -107,7 +107,7 @@ def _compute(named: "list[Series]", interval: str | None, settings: Settings) ->
     from make_us_rich.registry.store import ModelStore, served_series
     from make_us_rich.serving.forecasting import ModelLoader, forecast_pair
 
-    models, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
+    models, candles = ModelStore.of(settings), CandleStore(settings.candles_dir)
     wanted = named or only_interval(served_series(models.series(), settings.candles_dir), interval)
     if not wanted:
         remedy = "train one with `mkrich train BTC_USDT`, or look at `mkrich demo`"
@@ -159,7 +159,7 @@ def models(
     from make_us_rich.market.series import Series
     from make_us_rich.registry.store import ModelStore
 
-    store, wanted = ModelStore(get_settings().store_url), subject(pair, interval)
+    store, wanted = ModelStore.of(get_settings()), subject(pair, interval)
     chosen = [s for s in only_interval(store.series(), interval) if wanted in (None, s, s.pair)]
     if not chosen:
         named = Series.parse(pair, interval) if pair else None
@@ -211,7 +211,7 @@ def rollback(
     from make_us_rich.registry.store import ModelStore
 
     series = Series.parse(pair, interval)
-    version = ModelStore(get_settings().store_url).rollback(series, to)
+    version = ModelStore.of(get_settings()).rollback(series, to)
     new_console().print(f"[bold]{series.name}[/] is served by {version}")
 
 # %% ../../nbs/11_cli/03_look.ipynb #9c879cc7

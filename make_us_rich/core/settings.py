@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     heartbeat_url: str = Field(
         "", repr=False, pattern=r"^$|^https?://\S+$", description="called while all is well, for who misses the calls"
     )
+    signing_key: str = Field("", repr=False, pattern=r"^$|^\S{16,}$", description="seals models; empty: one in <home>")
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")
     history_days: int = Field(365, ge=1, le=10_000, description="days of candles that a model is trained on")

@@ -140,7 +140,7 @@ def _make_page(outcome: Outcome, notebook: Path, settings: Settings) -> Outcome:
     told = outcome.model_copy(update={"page": str(page)})
     write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
     for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
-        ModelStore(settings.store_url).put_page(outcome.series, version, page.read_bytes())
+        ModelStore.of(settings).put_page(outcome.series, version, page.read_bytes())
     return told
 
 

@@ -178,7 +178,7 @@ def fetch_newest(training: Training) -> pd.Timestamp:
 def execute_newest(training: Training) -> Outcome:
     "Train, judge and publish at the newest closed candle; a run that has published before is skipped."
     run = identify(training.series, fetch_newest(training), training.recipe)
-    models = ModelStore(training.settings.store_url)
+    models = ModelStore.of(training.settings)
     if version := adopt_version(models, run):
         reason = f"already published as {version}; a new version comes with the next closed candle or another recipe"
         return Outcome(state="skipped", exit_class="ok", version=version, reason=reason, **run.facts)

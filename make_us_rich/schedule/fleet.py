@@ -165,6 +165,7 @@ def engine_environment(settings: Settings, server: str) -> dict[str, str]:
         "MUR_MODELS_URL": settings.store_url,
         "MUR_DATABASE_URL": settings.db_url,
         "MUR_ALERT_URLS": settings.alert_urls,
+        "MUR_SIGNING_KEY": settings.signing_key,
     }
     theirs = {
         "PREFECT_API_URL": server,
@@ -218,6 +219,9 @@ def warn_of_one_host(settings: Settings) -> list[str]:
     if settings.store_url.startswith("file:"):
         remedy = "for more hosts set MUR_MODELS_URL, for example to s3://mur/models"
         found.append(f"models go to a folder of this host; {remedy}")
+    elif not settings.signing_key:
+        remedy = "for more hosts set MUR_SIGNING_KEY to the same secret on each"
+        found.append(f"models are sealed with a key of this host, so others refuse them; {remedy}")
     if not settings.candles_url:
         remedy = "to fetch each one once set MUR_CANDLES_URL, for example to s3://mur/candles"
         found.append(f"each host fetches its own candles; {remedy}")

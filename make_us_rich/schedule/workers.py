@@ -99,7 +99,7 @@ def _tidy(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     from make_us_rich.registry.store import ModelStore
     from make_us_rich.runs.ledger import RunLedger
 
-    models = ModelStore(settings.store_url)
+    models = ModelStore.of(settings)
     removed = clean_runs(settings.runs, models)
     ledger_rows = RunLedger(connect(settings.db_url)).forget(system_clock() - pd.Timedelta("400D"))
     return {"folders": len(removed), "objects": len(models.clean(keep=100)), "rows": ledger_rows}

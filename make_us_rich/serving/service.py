@@ -60,12 +60,12 @@ def make_parts(
         client, RatePause(settings.home / f"pause-{host}.json", clock or system_clock), clock or RunningClock()
     )
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
-    last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None
+    last_good = ModelStore.of(settings, url=(settings.home / "last_good").absolute().as_uri()) if is_remote else None
     parts = Parts(
         market,
         CandleStore(settings.candles_dir),
         Ledger(engine, market.now),
-        ModelStore(settings.store_url, market.now),
+        ModelStore.of(settings, market.now),
         last_good=last_good,
         public=public,
     )

@@ -101,7 +101,7 @@ def demo(tmp_path):
     settings = get_settings(
         home=tmp_path / "store" / "up-demo", runs=tmp_path / "runs" / "up-demo", exchange_url="http://127.0.0.1:9"
     )
-    store, engine = ModelStore(settings.store_url), connect(settings.db_url)
+    store, engine = ModelStore.of(settings), connect(settings.db_url)
     migrate(engine)
     ledger = RunLedger(engine)
     for entry in read_plan(DEMO_PLAN).entries.values():
