@@ -45,7 +45,9 @@ def begin_part(
         part.log.parent.mkdir(parents=True, exist_ok=True)
         with part.log.open("wb") as log:
             out, error = (None, None) if to_terminal else (log, log)
-            process = start_with_parent(_be_a_part, patience=15, stdin=subprocess.PIPE, stdout=out, stderr=error)
+            needs = ("store", "database", "tracking", "network")  # its settings it is told
+            pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": error}
+            process = start_with_parent(_be_a_part, patience=15, needs=needs, **pipes)
         assert process.stdin is not None
         with process.stdin as orders:
             orders.write(

@@ -11,7 +11,6 @@ __all__ = ['Clock', 'log', 'Ticks', 'MakeUsRichError', 'SettingsError', 'CandleE
 import difflib
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,13 +166,11 @@ def _refuse_readable(env_file: Path) -> None:
 
 
 def _setting_sentence(problem: object) -> str:
-    "What pydantic found wrong, in a sentence that shows no password."
+    "What pydantic found wrong, in a sentence without the value: it may be a password, or hold one."
     p = dict(problem)  # type: ignore[call-overload]
     name = "MUR_" + "_".join(str(x) for x in p["loc"]).upper().removeprefix("MUR_")
-    value = re.sub(
-        r"(?<=://).*", "***", str(p["input"])
-    )  # an address may carry a password, and its scheme is what can be wrong
-    return f"{name}={value!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
+    rule = p["msg"][0].lower() + p["msg"][1:]
+    return f"{name} is wrong: {rule}; set it to another value or leave it out"
 
 # %% ../../nbs/01_core/01_settings.ipynb #5b04c41e
 Clock = Callable[[], pd.Timestamp]

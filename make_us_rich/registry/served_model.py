@@ -8,7 +8,6 @@ __all__ = ['ROLL_BACK', 'TRIAL', 'TRIAL_MEMORY', 'TRIAL_SECONDS', 'graph_returns
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #4896fffc
 import io
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 from onnxruntime import InferenceSession
 
+from ..core.secrets import environment_for
 from ..core.settings import StoreError
 from ..market.candles import VALUE_COLUMNS
 from ..models.baselines import LEVELS
@@ -144,7 +144,7 @@ def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_S
     }  # the service forecasts in batches of 32
     data = io.BytesIO()
     np.savez(data, **arrays)
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    environment = environment_for() | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", TRIAL, str(memory), str(seconds)]
     try:
         done = subprocess.run(

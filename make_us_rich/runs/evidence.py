@@ -24,7 +24,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from ..core.secrets import find_secrets, secret_values
+from ..core.secrets import environment_for, find_secrets, secret_values
 from ..core.settings import Settings, SettingsError, StoreError, log, system_clock
 from ..core.storage import write_atomic
 from ..registry.store import ModelReader, ModelStore
@@ -212,7 +212,7 @@ def _sync_one(folder: Path, timeout: float, env: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
             command,
-            env=dict(env) | {"WANDB_MODE": "online"},
+            env=environment_for("tracking", "network", env=env) | {"WANDB_MODE": "online"},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -28,7 +28,7 @@ from make_us_rich.runs.train import train
 
 BTC = Series.parse("BTC_USDT")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "small_run.ipynb"
-RECORD_PID = "Path(os.environ['TEST_PID_FILE']).write_text(str(os.getpid()))"
+RECORD_PID = "Path(home).with_name('pid').write_text(str(os.getpid()))"
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ def exchange():
 
 
 @pytest.fixture
-def settings(exchange, tmp_path, monkeypatch):
-    monkeypatch.setenv("TEST_PID_FILE", str(tmp_path / "pid"))
+def settings(exchange, tmp_path):
     return get_settings(
         home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=10, deadline=LONG
     )
