@@ -105,11 +105,11 @@ class Objects:
         setting: str = "MUR_MODELS_URL",
         signer: Callable[[], Signer] = Signer,
     ) -> None:
-        self.url, self._tried = shown(url), False
+        self.url, self.tried = shown(url), False
         self._make_signer = signer
         self.name, self.setting = name, setting
         self.root: Path | None = None
-        with self._told("opened"):
+        with self.told("opened"):
             self.root = _folder_of(url)
             self.store: Any = LocalStore(self.root, mkdir=True) if self.root else _remote(url)
 
@@ -119,7 +119,7 @@ class Objects:
         return self._make_signer()
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def told(self, what: str) -> Iterator[None]:
         "Errors of the storage library as `StoreError`, with the address and no secret."
         try:
             yield
@@ -133,7 +133,7 @@ class Objects:
         "One writer at a time below `folder`; only folders need it (and have it)."
         if (place := self.place(folder)) is None:
             return nullcontext()
-        with self._told("locked"):
+        with self.told("locked"):
             place.mkdir(parents=True, exist_ok=True)
             return FileLock(place / "store.lock", timeout=60).acquire()
 
@@ -151,7 +151,7 @@ class Objects:
     def read_with_tag(self, key: str, limit: int) -> tuple[bytes | None, dict[str, Any]]:
         "The whole object, and what a write names that must not go over another's head."
         self.place(key)
-        with self._told("read"):
+        with self.told("read"):
             return _fetch(self.store, key, limit, self.url)
 
 # %% ../../nbs/01_core/04_storage.ipynb #mur74285223
@@ -173,7 +173,7 @@ async def _listed(objects: Objects, prefix: str) -> dict[str, dict[str, Any]]:
 
 def list_objects(objects: Objects, prefix: str = "", seconds: float = LONGEST_LISTING) -> list[dict[str, Any]]:
     "`path`, `size`, `last_modified` of each object below a prefix; `StoreError` if the store comes to no end."
-    with objects._told("listed"), ThreadPoolExecutor(1) as pool:  # the caller's thread may have a loop of its own
+    with objects.told("listed"), ThreadPoolExecutor(1) as pool:  # the caller's thread may have a loop of its own
         try:
             return list(pool.submit(asyncio.run, asyncio.wait_for(_listed(objects, prefix), seconds)).result().values())
         except TimeoutError:
@@ -183,7 +183,7 @@ def list_objects(objects: Objects, prefix: str = "", seconds: float = LONGEST_LI
 def create(objects: Objects, key: str, data: bytes) -> bool:
     "Write a new object; False (and no change) if the name is taken. In a folder it is on the disk when this returns."
     place = objects.place(key)
-    with objects._told("written"):
+    with objects.told("written"):
         try:
             obs.put(objects.store, key, data, mode="create")
             created = True
@@ -200,7 +200,7 @@ def create(objects: Objects, key: str, data: bytes) -> bool:
 def replace(objects: Objects, key: str, data: bytes) -> None:
     "Write an object in one step, whatever was there before."
     place = objects.place(key)
-    with objects._told("written"):
+    with objects.told("written"):
         if place is not None:
             write_atomic(place, data)
         else:
@@ -229,7 +229,7 @@ def change(objects: Objects, key: str, new: Callable[[bytes | None], bytes | Non
                 return
             if objects.root is not None:
                 return replace(objects, key, data)
-            with objects._told("written"):
+            with objects.told("written"):
                 try:
                     obs.put(objects.store, key, data, mode=mode)
                     return
@@ -240,10 +240,10 @@ def change(objects: Objects, key: str, new: Callable[[bytes | None], bytes | Non
 # %% ../../nbs/01_core/04_storage.ipynb #0b5bb42e
 def try_conditions(objects: Objects) -> None:
     "Refuse a remote store that ignores the conditions on a write; tried once, before the first write."
-    if objects.root is not None or objects._tried:
+    if objects.root is not None or objects.tried:
         return
     key, refused = f"trial/{uuid4().hex}", []
-    with objects._told("written"):
+    with objects.told("written"):
         tag = obs.put(objects.store, key, b"1", mode="create")
         obs.put(objects.store, key, b"2")
         stale: Any = {k: tag[k] for k in ("e_tag", "version") if tag[k]}
@@ -256,4 +256,4 @@ def try_conditions(objects: Objects) -> None:
     if len(refused) < 2:
         rule = f"{objects.url} ignores conditional writes, so two publishers could overwrite each other"
         raise StoreError(f"{rule}; use another server")
-    objects._tried = True
+    objects.tried = True

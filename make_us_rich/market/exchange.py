@@ -254,23 +254,23 @@ class BinanceClient:
     "Closed candles from an exchange that speaks Binance's market-data API: `base_url`, or that of the settings."
 
     def __init__(self, base_url: str | None = None, timeout: float = 10) -> None:
-        self._wire = Wire(base_url or get_settings().exchange_url, timeout)
+        self.wire = Wire(base_url or get_settings().exchange_url, timeout)
 
     @property
     def source(self) -> str:
         "Where the candles come from; asks the exchange if it has not answered anything yet."
-        if self._wire.response is None:
-            self._wire.call(lambda c: c.ping())
-        answer, host = self._wire.response, self._wire.host
+        if self.wire.response is None:
+            self.wire.call(lambda c: c.ping())
+        answer, host = self.wire.response, self.wire.host
         return host if answer is None else answer.headers.get("x-mur-source", host)
 
     def now(self) -> pd.Timestamp:
         "The exchange's clock, UTC."
-        return _server_time(self._wire)
+        return _server_time(self.wire)
 
     def status(self, pair: str | Pair) -> str:
         "`TRADING`, `BREAK` or another status of the exchange; `CandleError` for a pair that it does not know."
-        return _status(self._wire, Pair.parse(pair))
+        return _status(self.wire, Pair.parse(pair))
 
     def newest(
         self, pair: str | Pair, interval: str | Interval, rows: int, progress: Progress | None = None
@@ -279,7 +279,7 @@ class BinanceClient:
         if rows < 1:
             raise SettingsError(f"the number of candles is at least 1, not {rows}; ask for one or more")
         step = Interval.parse(interval)
-        return _checked(_newest(self._wire, Pair.parse(pair), step, rows, progress), step)
+        return _checked(_newest(self.wire, Pair.parse(pair), step, rows, progress), step)
 
     def get_data(
         self,
@@ -292,7 +292,7 @@ class BinanceClient:
     ) -> pd.DataFrame:
         "Closed candles that open from `start` on (None: the first) and have closed by `end` (None: now)."
         pair, step = Pair.parse(symbol, compare), Interval.parse(interval)
-        return _checked(_period(self._wire, pair, step, *_span(start, end), progress), step)
+        return _checked(_period(self.wire, pair, step, *_span(start, end), progress), step)
 
     def get_five_days_data(
         self, symbol: str | Pair, compare: str | None = None, interval: str | Interval = "1h"

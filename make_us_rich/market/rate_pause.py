@@ -79,7 +79,7 @@ def note_answer(pause: RatePause, status: int, headers: Mapping[str, str]) -> No
 
 def guard(client: BinanceClient, pause: RatePause) -> None:
     "Let every request of this client pass the pause."
-    session = client._wire.client.session
+    session = client.wire.client.session
     send = session.send
 
     def guarded(request: Any, **options: Any) -> Any:

@@ -41,7 +41,7 @@ def clean_folder(objects: Objects, series: Series, keep: int, before: pd.Timesta
         keys = [x["path"] for version in sorted(gone) for x in list_objects(objects, f"{folder}/{version}")]
         keys.sort(key=lambda key: not key.endswith("/manifest.json"))
         claims = [x for x in list_objects(objects, f"{folder}/runs") if pd.Timestamp(x["last_modified"]) < before]
-        with objects._told("cleaned"):
+        with objects.told("cleaned"):
             keys += [x["path"] for x in claims if claimed_version(objects, x["path"]) not in safe]
             for key in keys:
                 obs.delete(objects.store, key)
@@ -222,7 +222,7 @@ class ModelStore(ModelWriter):
         key = f"{place(series)}/champion.json"
         if self.objects.read(key, TEXT_LIMIT) is None:
             return
-        with self.objects._told("written"):
+        with self.objects.told("written"):
             obs.delete(self.objects.store, key)
 
     def clean(self, keep: int = 10, grace: str = "1h") -> list[str]:

@@ -132,7 +132,7 @@ def test_F01_the_open_candle_is_nowhere(client, exchange, store, minute):
 
 def test_F01_the_exchange_does_show_the_open_candle_at_ten_times_its_price(client, exchange):
     exchange.faults = Faults(open_factor=10)
-    raw = client._wire.call(lambda c: c.get_klines(symbol="BTCUSDT", interval="1h", limit=1))
+    raw = client.wire.call(lambda c: c.get_klines(symbol="BTCUSDT", interval="1h", limit=1))
     assert pd.Timestamp(raw[0][0], unit="ms", tz="UTC") == NOW.floor("1h")
     assert float(raw[0][4]) > 5 * TRUTH["close"].iloc[-1] / 2
 
@@ -534,7 +534,7 @@ def test_the_replay_stops_cleanly_and_a_new_one_may_take_its_port():
 
 def test_the_replay_pages_as_binance_does(exchange, client):
     def ask(**bounds):
-        return [row[0] for row in client._wire.call(lambda c: c.get_klines(symbol="BTCUSDT", interval="1h", **bounds))]
+        return [row[0] for row in client.wire.call(lambda c: c.get_klines(symbol="BTCUSDT", interval="1h", **bounds))]
 
     opens = [int(t) for t in TRUTH["timestamp"].astype("int64")]
     newest = opens.index(int(NOW.floor("1h").timestamp() * 1000))

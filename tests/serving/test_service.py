@@ -258,7 +258,7 @@ def test_exchange_and_store_gone_for_a_day(world, trusting, monkeypatch):
     service = world.service()
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.parts.market.client._wire, "call", exchange_gone)
+        patch.setattr(service.parts.market.client.wire, "call", exchange_gone)
         for name in ("champion", "series"):
             patch.setattr(service.parts.store, name, store_gone)
         world.set(0, seconds=1800)
