@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..core.secrets import forms_in
+from ..core.secrets import WORK, forms_in
 from ..core.settings import MakeUsRichError, Settings, SettingsError, get_settings
 from ..core.processes import end_tree, exit_with_parent, start_with_parent
 from .output import PlannedPairs, PlanOption
@@ -162,7 +162,7 @@ def fleet_worker(
     start = ["worker", "start", "--pool", pool, "--type", "process"]
     # a worker of its own for the sweep: it must run when all places are taken
     sweep = [*start, "--name", f"{name} sweep", "--limit", "1", "--work-queue", "sweep"]
-    needs = ("settings", "store", "database", "tracking", "network", "engine")  # all that `engine_environment` hands on
+    needs = (*WORK, "engine", "settings")  # all that `engine_environment` hands on
     start_with_parent(_run_sweeper, str(python), server, *sweep, patience=15, needs=needs)
     _become(python, [*start, "--name", name, "--limit", str(jobs), "--work-queue", "train"], environment)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.secrets import environment_for, shown
+from ..core.secrets import WORK, environment_for, shown
 from ..core.settings import ExchangeError, MakeUsRichError, Settings, SettingsError, system_clock
 from ..core.database import connect
 from ..core.locks import ledger_locks, series_lock
@@ -173,7 +173,7 @@ def engine_environment(settings: Settings, server: str) -> dict[str, str]:
         "PYTHONPATH": str(ENGINE),
         "MKRICH": str(program),
     }
-    kept = environment_for("store", "database", "tracking", "network", "engine")
+    kept = environment_for(*WORK, "engine")
     return {k: v for k, v in kept.items() if k not in ("VIRTUAL_ENV", "PYTHONHOME")} | ours | theirs | QUIET
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #8ebab045

@@ -14,14 +14,14 @@ import pytest
 from servers import free_port
 from waiting import LONG
 
-from make_us_rich.core.secrets import environment_for
+from make_us_rich.core.secrets import WORK, environment_for
 from make_us_rich.core.settings import get_settings
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.registry import served_model
 from make_us_rich.registry.examples import publish_example
 from make_us_rich.registry.store import ModelStore
-from make_us_rich.schedule.workers import TRAINING, Worker
+from make_us_rich.schedule.workers import Worker
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "small_run.ipynb"
 
@@ -163,7 +163,7 @@ def test_a_worker_has_no_secret_but_those_of_a_training(exchange, tmp_path, monk
         worker.close()
     held = {name for name in NAMES if name in environment}
     assert held == {*OF_STORES, "PGPASSWORD", "WANDB_API_KEY", "HTTPS_PROXY"}
-    assert held == {name for name in NAMES if name in environment_for(*TRAINING)}
+    assert held == {name for name in NAMES if name in environment_for(*WORK)}
 
 
 def test_the_page_server_and_its_fork_server_have_no_secret(exchange, tmp_path):
