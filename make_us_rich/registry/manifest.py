@@ -99,7 +99,7 @@ class Manifest(Record):
     schema_version: Literal[1] = 1
     pair: str
     interval: str
-    window: int = Field(gt=0, le=100_000)
+    window: int = Field(gt=0, le=10_000)
     columns: list[str]
     levels: list[float]
     recipe: dict[str, JsonValue]
