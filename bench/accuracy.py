@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from make_us_rich.evaluation.scores import evaluate
-from make_us_rich.market.candles import clean_candles, read_candles, scorable_rows
+from make_us_rich.market.candles import scorable_rows
+from make_us_rich.market.reading import read
 from make_us_rich.models.har import HarT
 from make_us_rich.models.network import forecast_returns
 from make_us_rich.models.recipe import load_recipe
@@ -29,10 +30,9 @@ HOURS = 8_760
 
 def last_year(path: Path) -> pd.DataFrame:
     "The newest 8,760 closed candles; the report's own BTC file ends with a candle that was still open when it was written."
-    raw = read_candles(path)
+    frame = read(path, "1h")[0]
     if path.name == "BTCUSDT-1h.parquet":
-        raw = raw[:-1]
-    frame, _ = clean_candles(raw, "1h")
+        frame = frame[:-1]
     return frame[-HOURS:].reset_index(drop=True)
 
 

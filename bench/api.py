@@ -68,7 +68,7 @@ async def ask(
     "Seconds of each answered request, and how many failed."
     took: list[float] = []
     failed, end = [0], time.perf_counter() + seconds
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
     async def caller() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -23,7 +23,8 @@ from peers import COLUMNS, HOURS, LEAST, STABLE, forecast, markdown
 
 from make_us_rich.evaluation.calibration import online_width, widen
 from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
-from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.market.candles import find_gaps, next_returns, scorable_rows
+from make_us_rich.market.reading import read
 from make_us_rich.models import features, network, pooled, training
 from make_us_rich.models.baselines import MEDIAN, RANGES
 from make_us_rich.models.network import forecast_returns
@@ -41,10 +42,10 @@ def histories(data: Path, series: list[str]) -> dict[str, pd.DataFrame]:
     "Closed, cleaned candles of every series, but those of a pegged price."
     found = {}
     for path in sorted(data.glob("*.parquet")):
-        raw = read_candles(path)
+        frame = read(path, "1h")[0]
         if path.name == "BTCUSDT-1h.parquet":  # its last candle was still open when the file was written
-            raw = raw[:-1]
-        frame = clean_candles(raw, "1h")[0].reset_index(drop=True)
+            frame = frame[:-1]
+        frame = frame.reset_index(drop=True)
         if np.log(frame["close"]).diff().std() > STABLE * 2 and np.ptp(np.log(frame["close"][-HOURS:])) > 0.05:
             found[path.stem] = frame
     return found

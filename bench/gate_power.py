@@ -25,7 +25,8 @@ from make_us_rich.evaluation.calibration import widen
 from make_us_rich.evaluation.gate import gate
 from make_us_rich.evaluation.peers import peer_features
 from make_us_rich.evaluation.scores import crps
-from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.market.candles import find_gaps, next_returns, scorable_rows
+from make_us_rich.market.reading import read
 from make_us_rich.models import features, training
 from make_us_rich.models import har as har_page
 from make_us_rich.models import network as network_page
@@ -42,8 +43,8 @@ STABLE = 5e-4  # a series whose hourly returns spread less than this is a stable
 
 def segments(path: Path, count: int) -> list[pd.DataFrame]:
     "The newest `count` pieces of a year and 2,076 hours, held-out hours not overlapping, without a hole of more than a day."
-    raw = read_candles(path)
-    frame = clean_candles(raw[:-1] if path.name == "BTCUSDT-1h.parquet" else raw, "1h")[0]
+    frame = read(path, "1h")[0]
+    frame = frame[:-1] if path.name == "BTCUSDT-1h.parquet" else frame
     pieces = [frame[end - YEAR - HELD : end].reset_index(drop=True) for end in range(len(frame), YEAR + HELD, -HELD)]
     sound = [piece for piece in pieces if max((gap.missing for gap in find_gaps(piece, "1h")), default=0) <= 24]
     return [piece for piece in sound if np.log(piece["close"]).diff().std() > STABLE][:count]

@@ -18,7 +18,8 @@ import pandas as pd
 from make_us_rich.evaluation import peers, scores
 from make_us_rich.evaluation.peers import PEERS, make_peer
 from make_us_rich.evaluation.scores import coverage, crps, dm_test, hit_rate
-from make_us_rich.market.candles import clean_candles, find_gaps, next_returns, read_candles, scorable_rows
+from make_us_rich.market.candles import find_gaps, next_returns, scorable_rows
+from make_us_rich.market.reading import read
 from make_us_rich.models import har
 from make_us_rich.models.baselines import LEVELS, MEDIAN
 
@@ -30,10 +31,10 @@ COLUMNS = [f"q{level}" for level in LEVELS]
 
 def last_year(path: Path) -> pd.DataFrame | None:
     "The newest 8,760 closed candles, or None if there are fewer than 8,700 or a hole of more than a day is among them."
-    raw = read_candles(path)
+    frame = read(path, "1h")[0]
     if path.name == "BTCUSDT-1h.parquet":  # its last candle was still open when the file was written
-        raw = raw[:-1]
-    frame = clean_candles(raw, "1h")[0][-HOURS:].reset_index(drop=True)
+        frame = frame[:-1]
+    frame = frame[-HOURS:].reset_index(drop=True)
     holes = [gap.missing for gap in find_gaps(frame, "1h")]
     return frame if len(frame) >= LEAST and max(holes, default=0) <= 24 else None
 

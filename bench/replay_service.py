@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from make_us_rich.core.settings import get_settings
-from make_us_rich.market.candles import clean_candles, read_candles
+from make_us_rich.market.reading import read
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.models.export import convert_model
 from make_us_rich.models.recipe import load_recipe
@@ -42,10 +42,7 @@ HOUR, LABEL = pd.Timedelta("1h"), "historical candles, dates moved"
 
 def moved_frames(data: Path) -> dict[str, pd.DataFrame]:
     "The newest 8,000 closed candles of each pair, moved by whole weeks so that they overlap."
-    frames = {
-        pair: clean_candles(read_candles(data / f"{name}.parquet")[:-1], "1h")[0].tail(8000)
-        for pair, name in FILES.items()
-    }
+    frames = {pair: read(data / f"{name}.parquet", "1h")[0][:-1].tail(8000) for pair, name in FILES.items()}
     first = max(frame["timestamp"].iloc[0] for frame in frames.values())
     moved = {}
     for pair, frame in frames.items():

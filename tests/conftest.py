@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "Notebooks share nothing, so each goes to whoever is free: they come last, and both workers end together."
     for item in items:

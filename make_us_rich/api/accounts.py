@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAME', 'ROLES', 'HASHER', 'SHORTEST_PASSWORD', 'LONGEST_PASSWORD', 'MOST_CALLS', 'NOT_KNOWN', 'NO_TOKEN', 'USE_STEP',
-           'WHOSE', 'COUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled', 'set_password',
-           'verify_password', 'create_token', 'find_token', 'list_tokens', 'revoke_token', 'count_call', 'uncount_call',
-           'Allowance', 'call_limit', 'usage', 'Limiter']
+           'WHOSE', 'MOST_PAGES', 'COUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled',
+           'set_password', 'verify_password', 'create_token', 'find_token', 'list_tokens', 'revoke_token', 'page_token',
+           'open_page', 'close_page', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'Limiter',
+           'network_of']
 
 # %% ../../nbs/07_api/03_accounts.ipynb #b29e8ffd
+import base64
 import hashlib
 import ipaddress
 import math
@@ -27,6 +29,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from sqlalchemy import bindparam, select, text, update
 from sqlalchemy.orm import Session
 
+from ..core.secrets import scrub
 from ..core.settings import AuthError, SettingsError
 from ..core.tables import Audit, Token, Usage, User
 from ..core.database import insert_into
@@ -47,8 +50,17 @@ def _check_name(name: str, what: str) -> str:
     "The name, or `SettingsError` if it breaks the rule."
     if not NAME.fullmatch(name):
         rule = f"the name of a {what} is 1 to 64 letters (a-z, A-Z), digits, dots, underscores or hyphens"
-        raise SettingsError(f"{rule}, not {name[:70]!a}; choose another one", "bad_name")
+        raise SettingsError(f"{rule}, not {_quoted(name)}; choose another one", "bad_name")
+    if name.lower().startswith("mur_") or scrub(name) != name:
+        raise SettingsError(
+            f"the name of a {what} does not begin with mur_, as tokens do; choose another one", "bad_name"
+        )
     return name
+
+
+def _quoted(text: str) -> str:
+    "The beginning of what somebody typed, for a sentence; a token in it is masked."
+    return ascii(scrub(text)[:70])
 
 # %% ../../nbs/07_api/03_accounts.ipynb #24f206f9
 HASHER = PasswordHash((Argon2Hasher(time_cost=2, memory_cost=19 * 1024, parallelism=1),))
@@ -111,7 +123,7 @@ def get_user(session: Session, name: str) -> User:
     user = session.scalars(select(User).where(User.name == name)).one_or_none() if NAME.fullmatch(name) else None
     if user is None:
         raise SettingsError(
-            f"no user is called {name[:70]!a}; see who there is with: mkrich users list", "unknown_user"
+            f"no user is called {_quoted(name)}; see who there is with: mkrich users list", "unknown_user"
         )
     return user
 
@@ -174,13 +186,14 @@ def create_token(
     *,
     expires: pd.Timestamp | None = None,
     actor: str = "local",
+    raw: str = "",
 ) -> tuple[str, Token]:
-    "A new token of a user: (the token itself, to be shown once and kept nowhere; its row)."
+    "A new token of a user: (the token itself, to be shown once and kept nowhere; its row); `raw` is one that is made."
     if expires is not None and expires <= now:
         raise SettingsError(
             f"a token expires in the future, not at {expires}; choose a later time or none", "bad_expiry"
         )
-    raw = "mur_" + secrets.token_urlsafe(32)
+    raw = raw or "mur_" + secrets.token_urlsafe(32)
     token = Token(
         user_id=user.id,
         name=_check_name(name, "token"),
@@ -239,6 +252,36 @@ def revoke_token(
             session, now, actor, "token.revoked", session.get_one(User, token.user_id).name, f"{token.id} {token.name}"
         )
     return token
+
+# %% ../../nbs/07_api/03_accounts.ipynb #ef2b2d9b
+MOST_PAGES = 10
+
+
+def page_token(cookie: str) -> str:
+    "The token of the session that a cookie stands for."
+    digest = hashlib.sha256(b"page session " + cookie.encode("utf-8", "replace")).digest()
+    return "mur_page_" + base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def open_page(session: Session, user: User, now: pd.Timestamp, days: int) -> str:
+    "The cookie of a new session of the page."
+    cookie = "mur_cookie_" + secrets.token_urlsafe(32)
+    expires = now + pd.Timedelta(days=days)
+    create_token(session, user, "page", now, expires=expires, actor=user.name, raw=page_token(cookie))
+    pages = [t for t in list_tokens(session, user) if t.prefix.startswith("mur_page_") and t.revoked_at is None]
+    for old in pages[:-MOST_PAGES]:
+        revoke_token(session, old.id, now, owner=user, actor=user.name)
+    return cookie
+
+
+def close_page(session: Session, cookie: str, now: pd.Timestamp) -> bool:
+    "End the session of a cookie; False if there is none."
+    found = session.execute(WHOSE, {"sha256": _hash(page_token(cookie))}).one_or_none()
+    if found is None:
+        return False
+    user, token = found
+    revoke_token(session, token.id, now, owner=user, actor=user.name)
+    return True
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a18e3e83
 COUNT = text(
@@ -309,18 +352,24 @@ class Limiter:
     def wait(self, address: str) -> int:
         "Whole seconds until this address may try again, 0 if it may now; counts nothing."
         with self._lock:
-            return self._wait(_network(address))
+            return self._wait(network_of(address))
 
     def take(self, address: str) -> int:
         "Like `wait`, and counts a try if one is allowed, in one step."
         with self._lock:
-            left = self._wait(key := _network(address))
+            left = self._wait(key := network_of(address))
             if not left:
                 self._tries.setdefault(key, deque()).append(self.clock())
                 self._tries.move_to_end(key)
                 if len(self._tries) > self.keep:
                     self._tries.popitem(last=False)
             return left
+
+    def give_back(self, address: str) -> None:
+        "Forget the newest try of an address: it was none."
+        with self._lock:
+            if tries := self._tries.get(network_of(address)):
+                tries.pop()
 
     def _wait(self, key: str) -> int:
         "Seconds to wait, with the lock held; forgets tries that are over."
@@ -330,7 +379,7 @@ class Limiter:
         return 0 if len(tries) < self.times else max(1, math.ceil(tries[0] + self.seconds - now))
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     "An IPv4 address itself, the /64 network of an IPv6 address, any other text as it is."
     try:
         read = ipaddress.ip_address(address)

@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from uvicorn.supervisors import Multiprocess
 
 from ..core.settings import Clock, Settings, SettingsError, Ticks, get_settings, system_clock
+from ..core.hosts import is_loopback
 from ..core.storage import write_atomic
 from ..core.supervisor import listen_at
 from ..core.database import connect, migrate, session
@@ -36,7 +37,7 @@ from ..serving.service import Service
 from . import forecasts, models, pages, people, runs, status, stream
 from .logs import configure_logging
 from .accounts import add_user, create_token, list_tokens, list_users
-from .routing import Api, build_app, is_loopback, series_named
+from .routing import Api, build_app, series_named
 
 # %% ../../nbs/07_api/16_app.ipynb #b55c45d2
 @asynccontextmanager

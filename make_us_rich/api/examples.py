@@ -135,7 +135,7 @@ class ExampleApi:
         "A client of the application for a role, a token, or (None) a stranger."
         if who:
             headers["Authorization"] = f"Bearer {self.tokens.get(who, who)}"
-        return TestClient(self.app, headers=headers, raise_server_exceptions=False)
+        return TestClient(self.app, "http://127.0.0.1", headers=headers, raise_server_exceptions=False)
 
     def used(self, who: str = "member") -> int:
         "How many calls somebody has used this month."

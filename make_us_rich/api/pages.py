@@ -6,22 +6,22 @@
 __all__ = ['WEEK', 'LOGIN_POLICY', 'PAGES', 'HTML_AGAIN', 'POLICY']
 
 # %% ../../nbs/07_api/15_pages.ipynb #b3a7789f
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
 import jinja2
+import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..core.settings import AuthError
-from ..core.tables import User
 from ..core.database import session
 from .refusals import Refusal
-from .accounts import find_token, list_tokens, revoke_token, verify_password
+from .accounts import close_page, find_token, open_page, page_token, verify_password
 from .access import bearer_token
-from .routing import CHECK, COOKIE, Api, address_of, api_of, allow, json_answer, router, shown_token
-from .people import make_token
+from .routing import CHECK, COOKIE, Api, address_of, api_of, allow, router, shown_token
 from .status import Health
 
 # %% ../../nbs/07_api/15_pages.ipynb #513c0fdd
@@ -30,8 +30,8 @@ WEEK = 7
 
 LOGIN_POLICY = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
-    "frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+    "base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",  # with no-referrer the form's Origin would be null
     "Cache-Control": "no-store",
 }
 
@@ -59,25 +59,32 @@ HTML_AGAIN = {
 }
 
 
-def _known_by_cookie(request: Request) -> User | None:
-    "Whoever the browser's cookie belongs to, if it is still valid."
-    api, raw = api_of(request), request.cookies.get(COOKIE, "")
+def _known_by_cookie(request: Request) -> str:
+    "The name of whoever the browser's cookie belongs to, if it is still valid."
+    api, cookie = api_of(request), request.cookies.get(COOKIE, "")
     try:
         with session(api.engine) as s:
-            return find_token(s, raw, api.clock()) if raw else None
+            return find_token(s, page_token(cookie), api.clock()).name if cookie else ""
     except AuthError:
-        return None
+        return ""
 
 
 def _log_in(api: Api, address: str, body: bytes) -> str:
-    "A token that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
-    if wait := api.logins.take(address):
-        text = f"too many log-ins came from this address; wait {wait} seconds"
-        raise Refusal(429, "too_many_tries", text, {"Retry-After": str(wait)})
+    "The cookie of a session that lives for a week, for what a form says; `AuthError` or `Refusal` otherwise."
     said = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10)
     name, password = (said.get(field, [""])[0] for field in ("name", "password"))
-    with session(api.engine) as s:
-        return make_token(s, verify_password(s, name[:64], password[:256]), "page", WEEK, api.clock()).token
+    with api.logins.trial(name[:64], address), session(api.engine) as s:
+        return open_page(s, verify_password(s, name[:64], password[:256]), api.clock(), WEEK)
+
+
+def _refuse_foreign(request: Request) -> None:
+    "A `Refusal` for a form that a page of another site sends: nobody else logs a browser in or out."
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    schemes = ("https",) if request.url.scheme == "https" else ("http", "https")
+    is_foreign = origin is not None and origin not in [f"{scheme}://{host}" for scheme in schemes]
+    if is_foreign or request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        text = "this form was sent by a page of another site; open /session/login and log in or out there"
+        raise Refusal(403, "foreign_page", text)
 
 # %% ../../nbs/07_api/15_pages.ipynb #83559b7a
 @router.get(
@@ -85,8 +92,7 @@ def _log_in(api: Api, address: str, body: bytes) -> str:
 )
 def _login_form(request: Request) -> Response:
     "A form without a script; for somebody who is logged in, the way out."
-    user = _known_by_cookie(request)
-    return _login_page(user.name if user else "")
+    return _login_page(_known_by_cookie(request))
 
 
 @router.post(
@@ -98,6 +104,7 @@ def _login_form(request: Request) -> Response:
 )
 async def _open_session(request: Request) -> Response:
     "Takes the form's `name` and `password`, sets the cookie, leads to the page."
+    _refuse_foreign(request)
     api, body = api_of(request), await request.body()
     try:
         raw = await run_in_threadpool(_log_in, api, address_of(request), body)
@@ -134,14 +141,12 @@ def _check_session(request: Request) -> Response:
     "/session/logout", summary="Log a browser out", status_code=303, response_class=RedirectResponse, **allow("public")
 )
 def _close_session(request: Request) -> Response:
-    "Revokes the cookie's token and leads to the log-in page."
-    api, raw = api_of(request), request.cookies.get(COOKIE, "")
-    user = _known_by_cookie(request)
-    if user is not None:
+    "Ends the session of the cookie and leads to the log-in page."
+    _refuse_foreign(request)
+    api, cookie = api_of(request), request.cookies.get(COOKIE, "")
+    if cookie:
         with session(api.engine) as s:
-            for token in list_tokens(s, user):
-                if token.revoked_at is None and raw.startswith(token.prefix) and token.name == "page":
-                    revoke_token(s, token.id, api.clock(), owner=user, actor=user.name)
+            close_page(s, cookie, api.clock())
         api.authenticator.forget()
     answer = RedirectResponse("/session/login", 303, {"Cache-Control": "no-store"})
     answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="lax")
@@ -150,14 +155,14 @@ def _close_session(request: Request) -> Response:
 # %% ../../nbs/07_api/15_pages.ipynb #bddd9846
 def _openapi(app: FastAPI) -> dict[str, Any]:
     "The description of all routes, with the security scheme that they name."
-    if not app.openapi_schema:
-        schema = app.openapi()
-        schema.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    return app.openapi()
+    schema = app.openapi()
+    schema.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return schema
 
 
 POLICY = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; "
+    "base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
 
@@ -173,6 +178,23 @@ def _docs_page(schema: dict[str, Any]) -> str:
     return PAGES.get_template("docs.html").render(info=schema["info"], calls=calls)
 
 # %% ../../nbs/07_api/15_pages.ipynb #a8254383
+@dataclass(frozen=True)
+class _Described:
+    "The description of an application, ready to go out."
+
+    schema: bytes
+    page: bytes
+
+
+def _described(app: FastAPI) -> _Described:
+    "Made once: whoever asks for it, and they need no token, costs nothing."
+    made: _Described | None = getattr(app.state, "described", None)
+    if made is None:
+        schema = _openapi(app)
+        made = app.state.described = _Described(orjson.dumps(schema), _docs_page(schema).encode())
+    return made
+
+
 @router.get(
     "/", summary="Leads to the documentation", status_code=307, response_class=RedirectResponse, **allow("public")
 )
@@ -184,10 +206,10 @@ async def _root(request: Request) -> Response:
 @router.get("/docs", summary="This page", response_class=HTMLResponse, **allow("public"))
 async def _docs(request: Request) -> Response:
     "Plain HTML, nothing loaded from elsewhere."
-    return HTMLResponse(_docs_page(_openapi(request.app)), headers=POLICY)
+    return HTMLResponse(_described(request.app).page, headers=POLICY)
 
 
 @router.get("/openapi.json", summary="Every route, for programs", **allow("public", dict[str, Any]))
 async def _openapi_json(request: Request) -> Response:
     "OpenAPI 3.1."
-    return json_answer(_openapi(request.app))
+    return Response(_described(request.app).schema, media_type="application/json")

@@ -71,13 +71,6 @@ def _token_facts(token: Token) -> dict[str, Any]:
     }
 
 
-def _no_token_here(name: str) -> str:
-    "The name, unless it looks like a token: names are shown and kept."
-    if name.startswith("mur_"):
-        raise Refusal(422, "bad_name", "a name does not begin with mur_, as tokens do; choose another one")
-    return name
-
-
 def make_token(s: Session, user: User, name: str, days: int | None, now: pd.Timestamp) -> NewToken:
     "A new token of a user; a `Refusal` if they have 50 that are valid."
     living = [t for t in list_tokens(s, user) if t.revoked_at is None and (t.expires_at is None or t.expires_at > now)]
@@ -85,7 +78,7 @@ def make_token(s: Session, user: User, name: str, days: int | None, now: pd.Time
         rule = f"{user.name} has {len(living)} valid tokens, 50 are allowed"
         raise Refusal(409, "too_many_tokens", f"{rule}; revoke some at DELETE /v1/me/tokens/{{id}}")
     expires = None if days is None else now + pd.Timedelta(days=days)
-    raw, token = create_token(s, user, _no_token_here(name), now, expires=expires, actor=user.name)
+    raw, token = create_token(s, user, name, now, expires=expires, actor=user.name)
     return NewToken(**_token_facts(token), token=raw)
 
 # %% ../../nbs/07_api/12_people.ipynb #74756680
@@ -125,10 +118,7 @@ class TokenBody(BaseModel):
 def _login(request: Request, body: LoginBody) -> NewToken:
     "The token lives for 30 days."
     api = api_of(request)
-    if wait := api.logins.take(address_of(request)):
-        text = f"too many log-ins came from this address; wait {wait} seconds"
-        raise Refusal(429, "too_many_tries", text, {"Retry-After": str(wait)})
-    with session(api.engine) as s:
+    with api.logins.trial(body.name, address_of(request)), session(api.engine) as s:
         return make_token(s, verify_password(s, body.name, body.password), "login", 30, api.clock())
 
 
@@ -181,8 +171,9 @@ def _revoke_token(request: Request, token_id: TokenId) -> TokenInfo:
     api, caller = api_of(request), request.scope["caller"]
     with session(api.engine) as s:
         token = revoke_token(s, token_id, api.clock(), owner=get_user(s, caller.name), actor=caller.name)
+        facts = TokenInfo(**_token_facts(token))
     api.authenticator.forget()
-    return TokenInfo(**_token_facts(token))
+    return facts
 
 # %% ../../nbs/07_api/12_people.ipynb #2e10d6be
 class UserInfo(BaseModel):
@@ -238,7 +229,6 @@ def _users(request: Request) -> Users:
 def _make_user(request: Request, body: UserBody) -> UserInfo:
     "The audit keeps who made whom."
     api, caller = api_of(request), request.scope["caller"]
-    _no_token_here(body.name)
     with session(api.engine) as s:
         user = add_user(s, actor=caller.name, now=api.clock(), **body.model_dump())
         return _user_facts(user, api.settings.monthly_calls)
@@ -254,5 +244,6 @@ def _change_user(
         raise Refusal(409, "oneself", "nobody locks themselves out; ask another admin, or use mkrich users disable")
     with session(api.engine) as s:
         user = set_disabled(s, name, body.disabled, api.clock(), actor=caller.name)
+        facts = _user_facts(user, api.settings.monthly_calls)
     api.authenticator.forget()
-    return _user_facts(user, api.settings.monthly_calls)
+    return facts

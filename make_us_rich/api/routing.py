@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Handler', 'CHECK', 'COOKIE', 'router', 'ERROR_RESPONSES', 'PAIR_FORM', 'PAIR', 'PairText', 'INTERVAL', 'IntervalText',
-           'series_named', 'GuardedRoute', 'shown_token', 'address_of', 'is_loopback', 'Api', 'api_of', 'allow',
-           'checked_pair', 'checked_interval', 'state_of', 'ready_answer', 'default_interval', 'answer_ready',
-           'json_answer', 'build_app']
+           'series_named', 'GuardedRoute', 'shown_token', 'address_of', 'Api', 'api_of', 'allow', 'checked_pair',
+           'checked_interval', 'state_of', 'ready_answer', 'default_interval', 'answer_ready', 'json_answer',
+           'build_app']
 
 # %% ../../nbs/07_api/07_routing.ipynb #1482eb2a
-import ipaddress
 import math
 import re
 import time
@@ -28,6 +27,7 @@ from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from ..core.hosts import OwnHosts, is_loopback
 from ..core.settings import Clock, Settings, SettingsError, StoreError, Ticks, log, system_clock
 from ..market.series import MINUTES, Pair, Series
 from ..serving.answering import Answer
@@ -35,8 +35,10 @@ from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .refusals import Problem, Refusal, refusal_of
 from .logs import REQUEST_ID, Metrics
-from .accounts import Limiter
+from .accounts import page_token
 from .access import ACCESS, Access, Authenticator, Caller
+from .places import Places
+from .log_ins import LogIns
 from .limits import RequestLimits
 
 # %% ../../nbs/07_api/07_routing.ipynb #1d48a395
@@ -61,6 +63,7 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             if not (self.access == "local" and _on_this_machine(request)):
                 await _admit(request, self.access)
+                request.scope["place"].known_as(request.scope["caller"].name)
             self._refuse_unknown(request)
             response = await inner(request)
             if response.status_code >= 500:
@@ -101,7 +104,7 @@ CHECK, COOKIE = "/session/check", "mur_session"  # where the front door asks, an
 def shown_token(request: Request) -> str | None:
     "The header with the token; where the front door asks, a browser's cookie stands for it."
     cookie = request.cookies.get(COOKIE) if request.scope["path"] == CHECK else None
-    return f"Bearer {cookie}" if cookie else request.headers.get("authorization")
+    return f"Bearer {page_token(cookie)}" if cookie else request.headers.get("authorization")
 
 
 async def _admit(request: Request, access: str) -> None:
@@ -128,14 +131,6 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def is_loopback(host: str) -> bool:
-    "Whether an address can be reached from this machine only."
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _on_this_machine(request: Request) -> bool:
     "Whether a program on this machine calls, with no front door in between."
     return is_loopback(address_of(request)) and not {"x-forwarded-for", "forwarded", "via"} & set(request.headers)
@@ -151,7 +146,8 @@ class Api:
     clock: Clock
     authenticator: Authenticator
     metrics: Metrics
-    logins: Limiter = field(default_factory=Limiter)
+    logins: LogIns = field(default_factory=LogIns)
+    streams: Places = field(default_factory=lambda: Places(200, "streams", wait=60))
     ticks: Ticks = time.monotonic
     heartbeat: float = 10.0  # seconds between two signs of life of a stream
     longest: float = 3600.0  # seconds that a stream lasts
@@ -306,7 +302,8 @@ def build_app(
 ) -> FastAPI:
     "An application of the routes declared so far; `most` requests are answered at once, `clock` tells a call's month."
     authenticator = Authenticator(engine, clock, settings.monthly_calls, ticks)
-    api = Api(service, engine, settings, clock, authenticator, Metrics(), Limiter(clock=ticks), ticks, heartbeat)
+    parts: dict[str, Any] = {"logins": LogIns(ticks), "ticks": ticks, "heartbeat": heartbeat}
+    api = Api(service, engine, settings, clock, authenticator, Metrics(), **parts)
     app = FastAPI(
         title="Make Us Rich",
         version=make_us_rich.__version__,
@@ -320,11 +317,22 @@ def build_app(
     )
     app.state.api = api
     app.routes.extend(router.routes)
-    app.add_middleware(RequestLimits, metrics=api.metrics, most=most)
+    hosts = OwnHosts(settings.host, settings.hosts)
+    app.add_middleware(RequestLimits, metrics=api.metrics, hosts=hosts, most=most)
     app.add_exception_handler(HTTPException, _no_such_route)
     return app
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
-    "The refusal for an address or a method that no route has."
-    return refusal_of(error).response(REQUEST_ID.get())
+    "The refusal for an address or a method that no route has; several routes may share an address."
+    refusal = refusal_of(error)
+    if refusal.status == 405:
+        refusal.headers["Allow"] = ", ".join(_methods_at(request))
+    return refusal.response(REQUEST_ID.get())
+
+
+def _methods_at(request: Request) -> list[str]:
+    "The methods that an address takes."
+    routes = [route for route in request.app.routes if isinstance(route, GuardedRoute)]
+    here = [route for route in routes if route.path_regex.match(request.url.path)]
+    return sorted({method for route in here for method in route.methods or ()})

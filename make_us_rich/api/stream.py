@@ -53,15 +53,20 @@ SSE = {"description": "`forecast`, `settled` and `model` events with JSON data."
 
 async def _reader(request: Request) -> AsyncIterator[Subscription]:
     "One of the readers, for as long as the answer lasts."
-    events = api_of(request).service.events
+    api, called = api_of(request), request.scope["place"]
+    place = api.streams.take(called.address, *called.holders)
+    called.give_back()
+    events = api.service.events
     try:
         reader = events.subscribe()
     except MakeUsRichError as e:
+        place.give_back()
         raise Refusal(503, "busy", str(e), {"Retry-After": "60"}) from None
     try:
         yield reader
     finally:
         events.unsubscribe(reader)
+        place.give_back()
 
 
 @router.get(

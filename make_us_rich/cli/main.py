@@ -6,12 +6,22 @@
 __all__ = ['GROUPS', 'command_names', 'app', 'main']
 
 # %% ../../nbs/11_cli/10_main.ipynb #db838bd0
-from . import doctor, fleet, look, operating, research, serving, train, up
+from . import backup, doctor, fleet, look, operating, research, serving, train, up
 from .output import app, main
 
 # %% ../../nbs/11_cli/10_main.ipynb #8f7f708d
 _all_ = ["app", "main"]
-GROUPS = (train, look, doctor, serving, operating, research, up, fleet)  # importing a group registers its commands
+GROUPS = (
+    train,
+    look,
+    doctor,
+    serving,
+    backup,
+    operating,
+    research,
+    up,
+    fleet,
+)  # importing a group registers its commands
 
 # %% ../../nbs/11_cli/10_main.ipynb #4b9dea09
 def command_names() -> list[str]:

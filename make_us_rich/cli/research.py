@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CandleFile = Annotated[
     Path | None,
     typer.Option(
-        "--file", help="Parquet or CSV file of candles instead of the stored ones.", exists=True, dir_okay=False
+        "--file", help="File of candles in any usual form instead of the stored ones.", exists=True, dir_okay=False
     ),
 ]
 SampleFlag = Annotated[

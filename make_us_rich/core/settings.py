@@ -101,6 +101,7 @@ class Settings(BaseSettings):
         description="record and users; empty: SQLite in <home>",
     )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
+    hosts: str = Field("", description="more names of the API and the page, separated by commas: the front door's")
     port: int = Field(8750, ge=0, le=65_535, description="port of the API")
     workers: int = Field(1, ge=1, le=64, description="worker processes of the API")
     monthly_calls: int = Field(

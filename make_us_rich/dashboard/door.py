@@ -28,6 +28,7 @@ from tornado.web import HTTPError
 from voila.app import Voila
 
 from ..api.client import ApiError, Plain, PlainClient
+from ..core.hosts import OwnHosts
 from ..core.kernels import KERNEL_ID
 from .templates import minutes_between
 
@@ -205,6 +206,8 @@ def guarded(handler: Any, server: "PageServer", is_page: bool) -> Any:
 
         async def prepare(self) -> None:
             "Before anything else."
+            if not server.hosts.has(self.request.host):
+                raise HTTPError(403, "this page has another name; whoever runs it adds this one to MUR_HOSTS")
             if (ready := super().prepare()) is not None:
                 await ready
             named = set(KERNEL_ID.findall(unquote(self.request.uri)))
@@ -242,6 +245,7 @@ class PageServer(Voila):
 
     door: Door
     names: Names
+    hosts: OwnHosts
 
     def init_settings(self) -> Plain:
         "Voila's settings, with a bound on what a browser may send."

@@ -18,14 +18,8 @@ import pandas as pd
 
 from ..core.settings import CandleError, SettingsError, log
 from ..market.series import Interval, Pair, Series
-from make_us_rich.market.candles import (
-    SAMPLE_PAIRS,
-    clean_candles,
-    load_sample,
-    log_returns,
-    next_returns,
-    read_candles,
-)
+from ..market.candles import SAMPLE_PAIRS, load_sample, log_returns, next_returns
+from ..market.reading import read_series
 from ..market.candle_store import CandleStore
 from ..models.baselines import MEDIAN, RANGES, Base
 from ..models.har import candle_variance, decayed_mean
@@ -288,9 +282,9 @@ BacktestReport._repr_markdown_ = _markdown  # type: ignore[attr-defined]
 def backtest_candles(
     pair: str | Pair = "BTC_USDT", interval: str | Interval = "1h", candles_dir: str = "", file: str = ""
 ) -> pd.DataFrame:
-    "Checked candles of a Parquet or CSV file, of the store in `candles_dir`, or (both empty) of the embedded sample."
+    "Candles of a file in any usual form, of the store in `candles_dir`, or (both empty) of the embedded sample."
     if file:
-        return _read_file(file, interval)
+        return read_series(file, Series.parse(pair, interval))[0]
     if candles_dir:
         return CandleStore(Path(candles_dir)).read(Series.parse(pair, interval))
     if str(interval) != "1h":
@@ -298,17 +292,6 @@ def backtest_candles(
             f"the embedded sample has 1h candles, not {interval}; take stored ones, or a file", "interval"
         )
     return load_sample(str(Pair.parse(pair)))
-
-
-def _read_file(file: str, interval: str | Interval) -> pd.DataFrame:
-    "Checked candles of a file; CandleError if it is none of candles."
-    try:
-        return clean_candles(read_candles(Path(file)), interval)[0]
-    except (ValueError, OSError) as e:  # what pandas and pyarrow say about a file that is something else
-        raise CandleError(
-            f"{file} cannot be read as candles ({type(e).__name__}); give a Parquet or CSV file with Binance's columns",
-            "bad_candles",
-        ) from e
 
 # %% ../../nbs/04_evaluation/08_backtest.ipynb #b0e37826
 def backtest_pool(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import pandas as pd
 from ..core.settings import CandleError, SettingsError, get_settings
 from ..market import candles as market
 from ..market.candle_store import CandleStore
-from ..market.candles import COLUMNS, check_candles, clean_candles, read_candles, scorable_rows
+from ..market.candles import COLUMNS, check_candles, scorable_rows
 from ..market.exchange import BinanceClient
+from ..market.reading import read_series
 from ..market.series import Pair, Series
 from ..models import baselines, har
 from ..models.baselines import LEVELS, MEDIAN, Peer
@@ -56,11 +56,10 @@ def load_sample(pair: str | Pair = "BTC_USDT") -> pd.DataFrame:
     return with_keys(market.load_sample(pair), Series.parse(pair, "1h"))
 
 
-def read(source: str | Path | pd.DataFrame, series: str | Pair | Series) -> pd.DataFrame:
-    "Candles of a file or frame with the exchange's columns, cleaned; `attrs['report']` says what was left out."
+def read(source: Any, series: str | Pair | Series) -> pd.DataFrame:
+    "Candles of a file, frame or list in any usual form; `attrs['report']` says what was made of it (market.reading)."
     key = Series.parse(series)
-    raw = source if isinstance(source, pd.DataFrame) else read_candles(source)
-    frame, report = clean_candles(raw, key.interval)
+    frame, report = read_series(source, key)
     keyed = with_keys(frame, key)
     keyed.attrs["report"] = report
     return keyed

@@ -23,6 +23,7 @@ import pandas as pd
 from ..core.settings import CandleError, SettingsError, TrainingError, log
 from ..core.storage import write_atomic
 from ..market.series import Interval
+from ..market.clock import as_utc
 from ..market.candles import content_hash, scorable_rows
 from ..models.baselines import LEVELS, Peer
 from ..models.recipe import Recipe, load_recipe
@@ -163,10 +164,9 @@ class Block(NamedTuple):
 def _moment(text: str | pd.Timestamp, what: str) -> pd.Timestamp:
     "A time in UTC."
     try:
-        time = pd.Timestamp(text)
-    except ValueError:
+        return as_utc(text)
+    except SettingsError:
         raise SettingsError(f"{what} is a date such as 2023-10-01, not {str(text)[:40]!r}", "time") from None
-    return time.tz_localize("UTC") if time.tzinfo is None else time.tz_convert("UTC")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VALUE_COLUMNS', 'COLUMNS', 'TIME', 'Progress', 'KLINE_FIELDS', 'SAMPLE_LABEL', 'SAMPLE_PAIRS', 'to_utc',
-           'candles_from_klines', 'Gap', 'find_gaps', 'CandleReport', 'clean_candles', 'fake_candles', 'check_candles',
-           'content_hash', 'read_candles', 'load_sample', 'log_returns', 'next_returns', 'scorable_rows']
+           'candles_from_klines', 'Gap', 'find_gaps', 'CandleReport', 'invalid_rows', 'misaligned_rows',
+           'clean_candles', 'fake_candles', 'check_candles', 'content_hash', 'load_sample', 'log_returns',
+           'next_returns', 'scorable_rows']
 
 # %% ../../nbs/02_market/02_candles.ipynb #729cb02b
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -123,7 +123,7 @@ class CandleReport:
         return rows_markdown("candles", rows | {"dropped": f"{dropped}, {self.unclosed} still open"})
 
 # %% ../../nbs/02_market/02_candles.ipynb #66d613e3
-def _invalid(frame: pd.DataFrame, interval: Interval) -> pd.Series:
+def invalid_rows(frame: pd.DataFrame, interval: Interval) -> pd.Series:
     "Which rows break a rule that every candle keeps."
     values = frame[VALUE_COLUMNS]
     prices, amounts = values[VALUE_COLUMNS[:4]], values[VALUE_COLUMNS[4:]]
@@ -133,7 +133,7 @@ def _invalid(frame: pd.DataFrame, interval: Interval) -> pd.Series:
     return ~(finite & (prices > 0).all(axis=1) & (amounts >= 0).all(axis=1) & ordered & inside)
 
 
-def _misaligned(frame: pd.DataFrame, interval: Interval) -> pd.Series:
+def misaligned_rows(frame: pd.DataFrame, interval: Interval) -> pd.Series:
     "Which rows do not open on a whole interval."
     return frame["timestamp"] != frame["timestamp"].dt.floor(interval.delta)
 
@@ -143,9 +143,14 @@ def clean_candles(
 ) -> tuple[pd.DataFrame, CandleReport]:
     "Sorted, valid, closed candles, and what was dropped; `now` is the exchange's clock, None if all rows have closed."
     step = Interval.parse(interval)
+    if lacking := [name for name in COLUMNS[:6] if name not in raw]:
+        rule = f"candles lack the columns {', '.join(lacking)}"
+        raise CandleError(f"{rule}; read them with make_us_rich.read, which knows other spellings, or name them so")
     frame = _typed(raw)
-    invalid = _invalid(frame, step)
-    misaligned = ~invalid & _misaligned(frame, step)
+    if "close_time" not in raw:
+        frame["close_time"] = (frame["timestamp"] + step.delta - pd.Timedelta("1ms")).astype(TIME)
+    invalid = invalid_rows(frame, step)
+    misaligned = ~invalid & misaligned_rows(frame, step)
     frame = frame[~(invalid | misaligned)]
     unsorted = int((frame["timestamp"].diff() < pd.Timedelta(0)).sum())
     seen = len(frame)
@@ -203,8 +208,8 @@ def check_candles(frame: pd.DataFrame, interval: str | Interval = "1h") -> pd.Da
         rule = f"candle times are {TIME}, not {times.dtype} and {frame['close_time'].dtype}"
         raise CandleError(f"{rule}; pass the frame through clean_candles")
     rules = {
-        "every candle is valid (prices > 0, low <= open, close <= high, amounts >= 0)": _invalid(frame, step),
-        f"candles open on a whole {step}": _misaligned(frame, step),
+        "every candle is valid (prices > 0, low <= open, close <= high, amounts >= 0)": invalid_rows(frame, step),
+        f"candles open on a whole {step}": misaligned_rows(frame, step),
         "candles are sorted by open time, each once": times.diff() <= pd.Timedelta(0),
     }
     for rule, broken in rules.items():
@@ -224,37 +229,6 @@ def content_hash(frame: pd.DataFrame) -> str:
         values = frame[name].astype("int64").to_numpy("<i8") if is_time else frame[name].to_numpy("<f8")
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
-
-# %% ../../nbs/02_market/02_candles.ipynb #0ab07a82
-def read_candles(path: str | Path) -> pd.DataFrame:
-    "Candles of a Parquet or CSV file, unchecked; columns that it lacks become 0, a lacking close time is that of 1h."
-    path = Path(path)
-    if not path.is_file():
-        raise CandleError(f"{path} is no file; name a Parquet or CSV file of candles", "no_candles")
-    raw = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    lacking = [name for name in COLUMNS[:5] if name not in raw]
-    if lacking:
-        raise CandleError(
-            f"{path.name} lacks the columns {', '.join(lacking)}; name them as the exchange does: {', '.join(COLUMNS)}"
-        )
-    raw["timestamp"] = _as_time(raw["timestamp"])
-    closes = _as_time(raw["close_time"]) if "close_time" in raw else raw["timestamp"] + pd.Timedelta("59min 59.999s")
-    return _typed(raw.assign(close_time=closes))
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    "A CSV file, also one of Binance's archive without a header."
-    first = pd.read_csv(path, nrows=1, header=None).iloc[0]
-    headerless = len(first) == len(KLINE_FIELDS) and pd.to_numeric(first, errors="coerce").notna().all()
-    names = {"header": None, "names": KLINE_FIELDS} if headerless else {}
-    return pd.read_csv(path, float_precision="round_trip", **names)
-
-
-def _as_time(values: pd.Series) -> pd.Series:
-    "Times of any usual writing, in UTC."
-    if isinstance(values.dtype, pd.DatetimeTZDtype) or pd.api.types.is_numeric_dtype(values):
-        return values.astype(TIME) if isinstance(values.dtype, pd.DatetimeTZDtype) else to_utc(values)
-    return pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601").astype(TIME)
 
 # %% ../../nbs/02_market/02_candles.ipynb #46369a7d
 SAMPLE_LABEL = "historical sample"

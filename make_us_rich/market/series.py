@@ -17,6 +17,14 @@ from ..core.settings import SettingsError
 QUOTES = ("FDUSD", "USDT", "USDC", "BUSD", "TUSD", "USD", "BTC", "ETH", "BNB", "EUR", "TRY", "GBP", "JPY", "BRL", "DAI")
 
 
+def _splits(symbol: str) -> list[tuple[str, str]]:
+    "The pairs that a symbol without a separator can be."
+    if not re.fullmatch(r"[A-Z0-9]{2,20}", symbol, re.ASCII):
+        return []
+    found = [quote for quote in QUOTES if symbol.endswith(quote) and symbol != quote]
+    return [(symbol.removesuffix(quote), quote) for quote in found if not (quote == "USD" and "FDUSD" in found)]
+
+
 @dataclass(frozen=True, order=True)
 class Pair:
     "A base and a quote asset; `str()` gives `BTC_USDT`, `.symbol` the exchange's `BTCUSDT`."
@@ -42,15 +50,14 @@ class Pair:
         joined = f"{text.strip()}_{compare.strip()}" if compare else text.strip()
         if match := re.fullmatch(r"([A-Z0-9]{1,20})[_/-]([A-Z0-9]{1,20})", joined.upper(), re.ASCII):
             return cls(*match.groups())
-        for quote in QUOTES:
-            if re.fullmatch(r"[A-Z0-9]{2,20}", joined.upper(), re.ASCII) and joined.upper().removesuffix(quote) not in (
-                "",
-                joined.upper(),
-            ):
-                return cls(joined.upper().removesuffix(quote), quote)
-        raise SettingsError(
-            f"a pair is a base and a quote asset such as BTC_USDT, not {joined[:40]!r}; write it that way"
-        )
+        splits = _splits(joined.upper())
+        if len(splits) > 1:
+            ways = " or ".join(f"{base}_{quote}" for base, quote in splits)
+            raise SettingsError(f"a pair is written with a separator where it can be two: {ways}, not {joined}")
+        if not splits:
+            rule = f"a pair is a base and a quote asset such as BTC_USDT, not {joined[:40]!r}"
+            raise SettingsError(f"{rule}; write it that way")
+        return cls(*splits[0])
 
 # %% ../../nbs/02_market/01_series.ipynb #b43be6e6
 POOLED = Pair("POOLED", "ALL")

@@ -271,7 +271,7 @@ def test_metrics_are_for_this_machine_and_admins(world):
     asyncio_client = httpx.ASGITransport(world.app, client=("127.0.0.1", 1))
 
     async def get(**headers):
-        async with httpx.AsyncClient(transport=asyncio_client, base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=asyncio_client, base_url="http://127.0.0.1") as client:
             return (await client.get("/metrics", headers=headers)).status_code
 
     assert asyncio.run(get()) == 200
@@ -495,7 +495,7 @@ def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
                 while not stop.is_set():
                     try:
                         link.sendall(
-                            f"GET /v1/forecasts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+                            f"GET /v1/forecasts HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
                         )
                         got = b""
                         while not got.endswith(b'{"forecasts":[]}'):
@@ -511,7 +511,7 @@ def test_a_stop_answers_what_is_in_flight(tmp_path):  # F78
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         stream = socket.create_connection(("127.0.0.1", port))
-        stream.sendall(f"GET /v1/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        stream.sendall(f"GET /v1/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
         for thread in threads:
             thread.start()
         wait_for(lambda: len(done) >= 100, progress=lambda: len(done))
@@ -562,7 +562,7 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
         port = int(server.url.rsplit(":", 1)[1])
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
         for link in idle[::2]:
-            link.sendall(b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            link.sendall(b"GET /v1/me HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
         answers = [httpx.get(f"{server.url}{path}", timeout=LONG).status_code for path in ("/healthz", "/v1/me")]
         assert answers == [200, 401]  # and all of the others are still waiting
 
@@ -571,16 +571,16 @@ def test_slow_and_idle_sockets_harm_nobody(tmp_path):  # F73, F82
                 link.sendall(data)
                 return link.recv(4096)
 
-        login = b"POST /v1/login HTTP/1.1\r\nHost: x\r\n"
+        login = b"POST /v1/login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         odd = [
-            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
-            b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /\x00 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+            b"GET /v1/\xff\xfe HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+            b"GET /v1/me HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
             login + b"Content-Length: 1000000\r\n\r\n{",
             login + b"Transfer-Encoding: chunked\r\n\r\n",
             login + b"Content-Length: -1\r\n\r\n",
-            b"GET /v1/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
+            b"GET /v1/me HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
         ]
         for data in odd:
             assert raw(data).split(b" ")[1][:1] == b"4", data[:60]

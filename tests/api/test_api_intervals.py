@@ -65,7 +65,7 @@ def test_lists_hold_every_series(world):
 def test_the_client_asks_for_an_interval(world, monkeypatch):
     client = Client("http://127.0.0.1:9", world.tokens["member"])
     client._http = world.client()
-    client._http.base_url = httpx.URL("http://testserver")
+    client._http.base_url = httpx.URL("http://127.0.0.1")
     assert client.forecast("BTC_USDT").interval == world.usual
     assert client.forecast("BTC_USDT", "4h").interval == client.forecast("BTC_USDT/4h").interval == "4h"
     assert client.track_record("BTC_USDT", "4h")["interval"] == "4h"

@@ -12,6 +12,7 @@ from schemathesis import GenerationMode
 
 from make_us_rich.api.accounts import Limiter, add_user, create_token
 from make_us_rich.api.examples import PASSWORD
+from make_us_rich.api.log_ins import LogIns
 from make_us_rich.api.routing import GuardedRoute
 from make_us_rich.core.database import session
 from make_us_rich.core.tables import Audit
@@ -61,9 +62,11 @@ BAD_TOKENS = ("wrong", "revoked", "expired", "disabled")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUR_HOSTS", "testserver")  # as Schemathesis calls it
+        world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
     world.api.authenticator.guesses = Limiter(times=10**6)
-    world.app.state.api.logins = Limiter(times=10**6)
+    world.app.state.api.logins = LogIns(times=10**6)
     world.app.state.api.longest = 0.0  # a stream says hello and ends
     yield world
     world.engine.dispose()
@@ -121,16 +124,17 @@ def test_a_broken_body_says_nothing_to_strangers(world, method, path):
 def test_a_member_at_an_admin_route_leaves_a_line_and_no_effect(world):  # F71
     before = len(world.client("admin").get("/v1/users").json()["users"])
     world.api.authenticator.scoldings = Limiter(clock=lambda: 0.0)  # all within a minute
+
+    def lines() -> int:
+        about = (Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob")
+        with session(world.engine) as s:
+            return s.query(Audit).filter(*about).count()
+
+    known = lines()
     for _ in range(30):
         assert world.client().post("/v1/users", json={"name": "mallory", "role": "admin"}).status_code == 403
-    with session(world.engine) as s:
-        lines = (
-            s.query(Audit)
-            .filter(Audit.action == "refused", Audit.target == "POST /v1/users", Audit.actor == "bob")
-            .count()
-        )
     assert len(world.client("admin").get("/v1/users").json()["users"]) == before
-    assert lines == 10  # ten a minute are enough evidence
+    assert lines() - known == 10  # ten a minute are enough evidence
 
 
 def test_schemathesis(world):

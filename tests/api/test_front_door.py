@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +13,11 @@ import httpx
 import pytest
 from dash_kit import Stage, make_stage, page_server
 from servers import free_port
-from waiting import LONG, wait_for
+from waiting import LONG, until, wait_for
 
-from make_us_rich.api.accounts import Limiter, get_user, list_tokens
+from make_us_rich.api.accounts import get_user, list_tokens, page_token
 from make_us_rich.api.examples import PASSWORD
+from make_us_rich.api.log_ins import LogIns
 from make_us_rich.core.database import session
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx" / "make-us-rich.conf"
@@ -40,7 +43,7 @@ def needed(*programs: str) -> str:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Iterator[Stage]:
     made = make_stage(tmp_path_factory.mktemp("door") / "store", hours=200)
-    made.app.state.api.logins = Limiter(times=1000)
+    made.app.state.api.logins = LogIns(times=1000)
     made.up()
     yield made
     made.down()
@@ -53,7 +56,33 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def door(stage, folder) -> Iterator[str]:
+def by_https() -> int:
+    "The port at which nginx speaks https too."
+    return free_port()
+
+
+def a_certificate(folder: Path) -> str:
+    "What nginx is told to use a fresh certificate of nobody."
+    command = [
+        needed("openssl"),
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    subprocess.run(
+        [*command, "-keyout", folder / "key.pem", "-out", folder / "full.pem"], check=True, capture_output=True
+    )
+    return f"ssl_certificate {folder}/full.pem; ssl_certificate_key {folder}/key.pem;"
+
+
+@pytest.fixture(scope="module")
+def door(stage, folder, by_https) -> Iterator[str]:
     "The address of nginx, before the API of the stage and a page server."
     program, port = needed("nginx"), free_port()
     with page_server(stage, viewers=8, idle=600) as page:
@@ -62,7 +91,8 @@ def door(stage, folder) -> Iterator[str]:
             .replace("127.0.0.1:8750", f"127.0.0.1:{stage.settings.port}")
             .replace("127.0.0.1:8866", page.url[7:-1])
         )
-        text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace(
+        listen = f"listen 127.0.0.1:{port}; listen 127.0.0.1:{by_https} ssl; {a_certificate(folder)}"
+        text = text.replace("    listen 80;\n", f"    {listen}\n").replace(
             "/var/log/nginx/make-us-rich.log", str(folder / "access.log")
         )
         (folder / "nginx.conf").write_text(HTTP.format(folder=folder, door=text))
@@ -96,7 +126,7 @@ def log_in(visitor: httpx.Client, password: str = PASSWORD) -> httpx.Response:
 def test_strangers_see_the_log_in_page_and_nothing_else(door, stage):
     with guest(door) as stranger:
         answer = stranger.get("/")
-        assert (answer.status_code, answer.headers["location"]) == (303, f"{door}/session/login")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/session/login")
         form = stranger.get("/session/login")
         assert (
             form.status_code == 200
@@ -142,7 +172,7 @@ def test_wrong_right_and_out(door, stage):
             assert thief.get("/").status_code == 303
             assert thief.get("/api/kernels").status_code == 401
     with session(stage.engine) as s:
-        (token,) = [t for t in list_tokens(s, get_user(s, "bob")) if raw.startswith(t.prefix)]
+        (token,) = [t for t in list_tokens(s, get_user(s, "bob")) if page_token(raw).startswith(t.prefix)]
         assert token.name == "page" and token.revoked_at is not None
 
 
@@ -161,14 +191,44 @@ def test_secure_where_the_door_speaks_https(stage):
         assert "Secure" in log_in(visitor).headers["set-cookie"]
 
 
+def test_https_is_promised_where_it_is_spoken(door, by_https):
+    with httpx.Client(base_url=f"https://127.0.0.1:{by_https}", verify=False, timeout=LONG) as visitor:
+        answers = [visitor.get(path) for path in ("/session/login", "/v1/me", "/none", "/")]
+        assert {answer.headers.get("strict-transport-security") for answer in answers} == {"max-age=31536000"}
+        assert "Secure" in log_in(visitor).headers["set-cookie"]
+    for newest, works in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, newest
+        with socket.create_connection(("127.0.0.1", by_https)) as link:
+            try:
+                context.wrap_socket(link).close()
+                spoke = True
+            except ssl.SSLError:
+                spoke = False
+        assert spoke == works, newest
+    with guest(door) as visitor:
+        assert "strict-transport-security" not in visitor.get("/session/login").headers
+
+
+def test_a_claimed_name_leads_nowhere(door):
+    "Nor is anything shown to a page elsewhere whose name leads here."
+    for path in ("/", "/v1/me", "/docs", "/session/login", "/api/kernels"):
+        with guest(door, Host="evil.example") as visitor:
+            answer = visitor.get(path)
+            assert answer.headers.get("location", "/").startswith("/"), path
+            assert answer.status_code in (303, 401, 403, 421) and "evil.example" not in answer.text, path
+
+
 def test_guessing_is_counted_by_visitor(door, stage):
     api, before = stage.app.state.api, stage.app.state.api.logins
-    api.logins = Limiter(times=3)
+    api.logins = LogIns(times=3)
     try:
         with guest(door, **{"X-Forwarded-For": "192.0.2.9"}) as visitor:  # an address cannot be chosen
             answers = [log_in(visitor, f"guess {n}").status_code for n in range(4)]
         assert answers == [401, 401, 401, 429]
-        assert set(api.logins._tries) == {"127.0.0.1"}
+        assert set(api.logins.addresses._tries) == {"127.0.0.1"}
     finally:
         api.logins = before
 
@@ -227,7 +287,7 @@ def test_a_browser_goes_through(door, stage):
         if picture := os.environ.get("PICTURE"):
             page.screenshot(path=picture)
         stage.change("BTC_USDT", p_up=0.77)  # news from the API reach the open page
-        page.wait_for_function("document.body.innerText.includes('77 %')")
+        until(page, "document.body.innerText.includes('77 %')")
         page.goto(f"{door}/session/login")
         page.get_by_role("button", name="Log out").click()
         page.get_by_label("Password").wait_for()
@@ -235,3 +295,14 @@ def test_a_browser_goes_through(door, stage):
         assert page.url == f"{door}/session/login"
         browser.close()
     assert outside == []
+
+
+def test_who_hammers_is_slowed_down_in_words(door, folder):
+    "Log-ins of one address, after a burst of twenty; and nothing of it stands in the error log."
+    with guest(door) as visitor:
+        answers = [visitor.post("/v1/login?token=mur_AbCdEfGh-12345678", json={}) for _ in range(40)]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(refused) >= 10 and {answer.headers["retry-after"] for answer in refused} == {"1"}
+        assert refused[0].json()["message"] == "too many requests come from this address; wait a second"
+        assert visitor.get("/v1/me").status_code == 401  # only log-ins are
+    assert "mur_AbC" not in (folder / "error.log").read_text() + (folder / "access.log").read_text()

@@ -60,7 +60,9 @@ def world(exchange, home):
     service = Service(settings, engine=engine, clock=exchange.clock.now, jitter=lambda: 1.0).start()
     app = create_app(service, engine, settings, exchange.clock.now)
     token = add_people(engine, exchange.clock.now())["member"]
-    yield SimpleNamespace(service=service, api=TestClient(app, headers={"Authorization": f"Bearer {token}"}))
+    yield SimpleNamespace(
+        service=service, api=TestClient(app, "http://127.0.0.1", headers={"Authorization": f"Bearer {token}"})
+    )
     service.stop()
 
 

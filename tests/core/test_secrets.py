@@ -79,7 +79,7 @@ def test_a_wrong_setting_is_named_and_not_repeated(name, monkeypatch):
     "Whatever it is: nobody knows what was pasted there."
     canary = "canary-\N{BIRD}-not:to@be/seen"
     monkeypatch.setenv(f"MUR_{name.upper()}", canary)
-    if name in ("home", "runs", "host", "alert_urls", "wandb_project", "signing_key"):
+    if name in ("home", "runs", "host", "hosts", "alert_urls", "wandb_project", "signing_key"):
         get_settings()  # any text will do
         return
     with pytest.raises(SettingsError, match=f"MUR_{name.upper()} is wrong: ") as told:

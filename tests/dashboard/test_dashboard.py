@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from dash_kit import HOUR, Stage, make_stage, page_server
-from waiting import LONG, wait_for
+from waiting import LONG, until, wait_for
 
 from make_us_rich.api.examples import PASSWORD
 from make_us_rich.core.kernels import KERNEL_NAME
@@ -91,7 +91,7 @@ class Viewer:
         return self.page.inner_text("body")
 
     def until(self, script: str, timeout: int = WAIT) -> None:
-        self.page.wait_for_function(script, timeout=timeout)
+        until(self.page, script, timeout)
 
     def says(self, words: str, timeout: int = WAIT) -> None:
         self.until(f"document.body.innerText.includes({json.dumps(words)})", timeout)

@@ -294,7 +294,7 @@ def command(home, *args):
         ("backtest BTC_USDT --sample --since 2023-12-01 --until 2023-11-01", 2, "give an earlier since"),
         ("backtest BTC_USDT --sample --interval 4h", 2, "the embedded sample has 1h candles, not 4h"),
         ("backtest BTC_USDT", 3, "fetch them with: mkrich candles BTC_USDT"),
-        ("backtest BTC_USDT --file {here}", 3, "cannot be read as candles"),
+        ("backtest BTC_USDT --file {here}", 3, "no rows of candles"),
         ("gate BTC_USDT", 3, "no model of BTC_USDT 1h is published yet"),
         ("gate BTC_USDT --version abc", 1, "a version looks like 20231231T230000Z"),
         ("leaktest BTC_USDT --sample --recipe finetune", 2, "leak tests train a quantile recipe from scratch"),

@@ -81,7 +81,7 @@ async def burst(
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while left[0] > 0:
             left[0] -= 1
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
             await reader.readexactly(int(headers.get("content-length", 0)))

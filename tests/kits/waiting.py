@@ -20,6 +20,14 @@ def wait_for(condition, seconds=LONG, what="", progress=lambda: None):
     return found
 
 
+def until(page, script, milliseconds=1000 * LONG):
+    "Until a page gives something for a script. Playwright's own waiting needs `eval` in the page, which its policy forbids."
+    end = time.monotonic() + milliseconds / 1000
+    while not page.evaluate(script):
+        assert time.monotonic() < end, f"{script} did not become true within {milliseconds} ms"
+        page.wait_for_timeout(50)
+
+
 async def reached(condition):
     "The same inside an event loop."
     async with asyncio.timeout(LONG):

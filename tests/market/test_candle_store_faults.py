@@ -14,10 +14,12 @@ from waiting import LONG, wait_for
 
 from make_us_rich.core import storage
 from make_us_rich.core.settings import CandleError, StoreError
+from make_us_rich.market import candle_store
 from make_us_rich.market.candle_store import CandleStore
 from make_us_rich.market.candles import check_candles, content_hash, fake_candles
 from make_us_rich.market.exchange import BinanceClient
 from make_us_rich.market.replay import ReplayServer
+from make_us_rich.market.series import Series
 from make_us_rich.market.tape import Faults
 
 PAIR = "BTC_USDT"
@@ -229,17 +231,39 @@ def test_a_file_of_another_pair_or_from_another_program_is_not_believed(tmp_path
     assert "it has no seal" in caplog.text
 
 
-def test_candles_from_the_future_are_put_aside(tmp_path, caplog):
+def test_a_clock_that_goes_back_destroys_nothing(tmp_path, caplog):
+    "By half a minute, an hour, three years: the file stays byte for byte, and goes on when the clock is right again."
+    store, exchange = CandleStore(tmp_path), Exchange("2024-02-01T05:00:10Z")
+    store.update(exchange, PAIR, rows=100)
+    kept, right = store.path(PAIR).read_bytes(), exchange.clock
+    for back in ("30s", "1h", "1000D"):
+        exchange.clock = right - pd.Timedelta(back)
+        store.update(exchange, PAIR, rows=100)
+        assert store.path(PAIR).read_bytes() == kept and len(store.read(PAIR)) == 100
+    assert (
+        "is kept as it is: its newest candle ends at 2024-02-01T05:00:00Z, but the exchange says it is" in caplog.text
+    )
+    exchange.clock = right + HOUR
+    assert store.update(exchange, PAIR, rows=100).last == pd.Timestamp("2024-02-01T05:00Z")
+    assert [p.name for p in store.path(PAIR).parent.glob("*.bad*")] == []
+
+
+def test_a_file_of_a_newer_version_stays(tmp_path):
+    "One more fact in its provenance, or one more column: a sentence, and the file is where it was."
     store, exchange = CandleStore(tmp_path), Exchange("2024-02-01T05:20Z")
     store.update(exchange, PAIR, rows=100)
-    exchange.clock -= HOUR  # the newest stored candle is open again
-    assert store.update(exchange, PAIR, rows=100).last == pd.Timestamp("2024-02-01T03:00Z")
-    assert (
-        "its newest candle ends at 2024-02-01T05:00:00Z, but the exchange says it is 2024-02-01T04:20:00Z"
-        in caplog.text
-    )
-    pd.testing.assert_frame_equal(store.read(PAIR), closed(exchange.clock).tail(100).reset_index(drop=True))
-    assert (store.path(PAIR).parent / "1h.parquet.bad").exists()
+    frame, book = candle_store.open_candle_file(store.path(PAIR).read_bytes(), Series.parse(PAIR))
+    more = candle_store._pack(frame.assign(open_interest=1.0), book)
+    facts = candle_store._to_json(book)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candle_store, "_to_json", lambda book: facts[:-1] + ', "basket": 7}')
+        other = candle_store._pack(frame, book)
+    for data in (more, other):
+        store.path(PAIR).write_bytes(data)
+        for attempt in (lambda: store.read(PAIR), lambda: store.update(exchange, PAIR, rows=100)):
+            with pytest.raises(StoreError, match="this version cannot read them"):
+                attempt()
+        assert store.path(PAIR).read_bytes() == data and not list(store.path(PAIR).parent.glob("*.bad*"))
 
 
 def test_a_disk_without_room_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):

@@ -95,9 +95,9 @@ def test_prices_of_any_size_keep_their_digits(price):
 
 
 def test_two_clients_of_two_hosts_live_in_one_process(client):
-    with ReplayServer({"SOL_USDT": fake_candles(50, seed=9)}, label="another") as other:
+    with ReplayServer({"SOL_USDT": fake_candles(50, seed=9)}, label="<b>the one true exchange</b>") as other:
         stranger = BinanceClient(other.url)
-        assert (client.source, stranger.source) == ("synthetic candles", "another")
+        assert (client.source, stranger.source) == ("synthetic candles", other.url.removeprefix("http://"))
         assert len(stranger.newest("SOL_USDT", "1h", 10)) == 10
         with pytest.raises(CandleError, match="does not know the pair SOL_USDT"):
             client.newest("SOL_USDT", "1h", 10)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from make_us_rich.core.settings import TrainingError
-from make_us_rich.market.candles import clean_candles, load_sample, read_candles
-from make_us_rich.market.series import Interval
+from make_us_rich.market.candles import load_sample
+from make_us_rich.market.reading import read
 from make_us_rich.models.baselines import LEVELS
 from make_us_rich.models.export import check_graph, convert_model, validate_model
 from make_us_rich.models.features import CandleFeatures, OriginalFeatures, frame_tensors, windows
@@ -90,7 +90,7 @@ def test_sample_at_any_price(real, sample, price):
 )
 def test_shared_pairs(real, name):
     forecaster, graph = real
-    frame, _ = clean_candles(read_candles(shared_frames()[name]).iloc[-3001:-1], Interval.parse("1h"))
+    frame = read(shared_frames()[name], "1h")[0].iloc[-3001:-1].reset_index(drop=True)
     for price in (frame["close"].iloc[-1], 1e-5, 1e5):
         parity = validate_model(graph, forecaster, at_price(frame, price))
         assert parity.max_scaled < 1e-5 and parity.max_price < 1e-6, (price, parity)

@@ -196,7 +196,7 @@ from make_us_rich.serving.forecasting import ModelLoader
 from make_us_rich.core.settings import get_settings
 from make_us_rich.registry.store import ModelStore
 ModelLoader(ModelStore.of(get_settings(home={str(settings.home)!r}))).get("BTC_USDT")
-print([name for name in ("torch", "onnx", "scipy.optimize") if name in sys.modules])
+print([name for name in ("torch", "scipy.optimize") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
