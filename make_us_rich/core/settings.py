@@ -95,10 +95,7 @@ class Settings(BaseSettings):
         "", pattern=r"^$|^\w+://.*$", description="shared copy of the candles for many hosts; empty: each has its own"
     )
     database_url: str = Field(
-        "",
-        pattern=r"^$|^(sqlite|postgres)\S*://.*$",
-        repr=False,
-        description="record and users; empty: SQLite in <home>",
+        "", pattern=r"^$|^(sqlite|postgres)\S*://.*$", repr=False, description="record, users; empty: SQLite in <home>"
     )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     hosts: str = Field("", description="more names of the API and the page, separated by commas: the front door's")
