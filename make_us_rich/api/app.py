@@ -63,7 +63,6 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 def _work(service: Service) -> None:
     "What the service's thread does."
-    service.start()
     service.run_forever()
 
 
