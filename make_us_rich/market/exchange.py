@@ -226,7 +226,7 @@ def _when(value: str | date, name: str) -> pd.Timestamp:
         when = as_utc(value)
         if pd.isna(when):
             raise ValueError
-    except (ValueError, TypeError, OverflowError):
+    except (SettingsError, ValueError, TypeError, OverflowError):
         raise SettingsError(
             f"{name} is a date such as 2023-12-31 or 2023-12-31T23:00Z, not {value!r}; write it that way"
         ) from None
