@@ -159,6 +159,7 @@ def main() -> None:
 
     from make_us_rich.api.accounts import add_user, create_token
     from make_us_rich.core.database import connect, migrate, session
+    from make_us_rich.core.settings import get_settings
     from make_us_rich.market.candles import SAMPLE_LABEL
     from make_us_rich.market.replay import ReplayServer
     from make_us_rich.registry.store import ModelStore
@@ -171,7 +172,7 @@ def main() -> None:
         ReplayServer({"BTC_USDT": frame}, now=opening, label=SAMPLE_LABEL) as exchange,
     ):
         home = Path(folder) / "home"
-        store = ModelStore((home / "models").as_uri(), exchange.clock.now)
+        store = ModelStore.of(get_settings(home=home), exchange.clock.now)
         publish(store, "BTC_USDT", closed - pd.Timedelta("3h"))
         engine = connect(f"sqlite:///{home / 'mkrich.db'}")
         migrate(engine)

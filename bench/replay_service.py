@@ -66,7 +66,7 @@ def train_and_publish(store: ModelStore, pair: str, known: pd.DataFrame, options
 def replay(frames: dict[str, pd.DataFrame], hours: int, retrain: int, options: dict, home: Path) -> None:
     closed = min(frame["timestamp"].iloc[-1] for frame in frames.values()) - (hours + 1) * HOUR
     with ReplayServer(frames, now=closed, label=LABEL) as server:
-        store, fits, ticks = ModelStore((home / "models").as_uri(), server.clock.now), [], []
+        store, fits, ticks = ModelStore.of(get_settings(home=home), server.clock.now), [], []
         settings = get_settings(home=home, exchange_url=server.url)
         service = None
         for hour in range(hours):

@@ -41,23 +41,23 @@ def light_run(training):
 
     from make_us_rich.runs import execution
 
-    if os.environ.get("SIM_KERNELS") != "1":
+    if os.environ.get("MKRICH_SIM_KERNELS") != "1":
         execution.run_notebook = light_notebook
-    act = f"exec(open({os.environ['SIM_ACT']!r}).read())" if os.environ.get("SIM_KERNELS") == "1" else ""
+    act = f"exec(open({os.environ['MKRICH_SIM_ACT']!r}).read())" if os.environ.get("MKRICH_SIM_KERNELS") == "1" else ""
     more = {"notebook": NOTEBOOK, "history_days": 3, "parameters": {"act": act} if act else {}}
     return execution.execute_newest(replace(training, options=replace(training.options, **more)))
 
 
 def chaos(run_id):
     "What happens to this attempt; the same in every simulation with this seed."
-    counts = Path(os.environ["SIM_FOLDER"]) / "attempts"
+    counts = Path(os.environ["MKRICH_SIM_FOLDER"]) / "attempts"
     counts.mkdir(exist_ok=True)
     with (counts / run_id[:60]).open("a") as f:
         f.write(".")
         attempt = f.tell()
-    if f"-{os.environ['SIM_DISK_FULL']}-" in run_id and attempt == 1:
+    if f"-{os.environ['MKRICH_SIM_DISK_FULL']}-" in run_id and attempt == 1:
         return "disk_full"
-    dice = random.Random(f"{os.environ['SIM_SEED']} {run_id} {attempt}").random()
+    dice = random.Random(f"{os.environ['MKRICH_SIM_SEED']} {run_id} {attempt}").random()
     for what, share in (("kill", 0.05), ("late", 0.02), ("hang", 0.003), ("refuse", 0.06), ("bug", 0.01)):
         if dice < share:
             return what
@@ -72,7 +72,7 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
     output.parent.mkdir(parents=True, exist_ok=True)
     what = chaos(parameters["run_id"])
     program = "import os, sys, time; w = sys.argv[2]; time.sleep(30 if w == 'hang' else .01); os.kill(os.getpid(), 9) if w == 'kill' else 0"
-    child = subprocess.Popen([sys.executable, "-S", "-c", program, f"sim-kernel-{os.environ['SIM_TOKEN']}", what])
+    child = subprocess.Popen([sys.executable, "-S", "-c", program, f"sim-kernel-{os.environ['MKRICH_SIM_MARK']}", what])
     try:
         code = child.wait(2)
     except subprocess.TimeoutExpired:
@@ -102,6 +102,7 @@ def light_notebook(notebook, output, parameters, *, deadline=900, threads=1, env
 
 
 def publish(parameters, promote):
+    from make_us_rich.core.settings import get_settings
     from make_us_rich.market.candle_store import CandleStore
     from make_us_rich.registry.manifest import draft_manifest
     from make_us_rich.registry.store import ModelStore
@@ -111,7 +112,7 @@ def publish(parameters, promote):
     run_id = parameters["run_id"]
     facts = {"recipe": {}, "recipe_hash": read_run_id(run_id).recipe_hash, "run_id": run_id, "scores": []}
     draft = draft_manifest(parameters["pair"], frame, source="synthetic", cutoff=parameters["cutoff"], **facts)
-    models = ModelStore(parameters["models_url"])
+    models = ModelStore.of(get_settings(home=parameters["home"], models_url=parameters["models_url"]))
     version = models.publish(draft, b"noise " + os.urandom(16))
     if promote:
         models.promote(parameters["pair"], version)
@@ -225,12 +226,12 @@ class Simulation:
         self.token = f"{os.getpid()}-{seed}"
         full = self.begin + pd.Timedelta(hours=hours // 2)
         os.environ |= {
-            "SIM_FOLDER": str(folder),
-            "SIM_SEED": str(seed),
-            "SIM_TOKEN": self.token,
-            "SIM_KERNELS": "1" if kernels else "0",
-            "SIM_DISK_FULL": f"{full:%Y%m%dT%H%M%SZ}",
-            "SIM_ACT": str(folder / "act.py"),
+            "MKRICH_SIM_FOLDER": str(folder),
+            "MKRICH_SIM_SEED": str(seed),
+            "MKRICH_SIM_MARK": self.token,
+            "MKRICH_SIM_KERNELS": "1" if kernels else "0",
+            "MKRICH_SIM_DISK_FULL": f"{full:%Y%m%dT%H%M%SZ}",
+            "MKRICH_SIM_ACT": str(folder / "act.py"),
         }
         (folder / "act.py").write_text(REAL_ACT % str(HERE.parent))
         (folder / "pairs.yaml").write_text("pairs: [" + ", ".join(self.pairs) + "]\npretrain: false\n")
@@ -311,7 +312,7 @@ class Simulation:
             self.expected.append(cutoff)
             before = time.monotonic()
             self.wait(cutoff)
-            if os.environ.get("SIM_TIMES"):
+            if os.environ.get("MKRICH_SIM_TIMES"):
                 self.say(
                     f"hour {hour}: {time.monotonic() - before:.2f} s {dict(Counter(r.exit_class for r in self.rows(cutoff)))}"
                 )
@@ -332,7 +333,7 @@ class Simulation:
         "Remove old versions and leftovers, and see that the leftovers are gone."
         from make_us_rich.registry.store import ModelStore
 
-        models = ModelStore(self.settings.store_url)
+        models = ModelStore.of(self.settings)
         models.clean(keep=24, grace="0s")
         left = [f"{pair} {i.version}" for pair in self.pairs for i in models.versions(pair) if i.problem]
         self.problems += [f"{name} was not cleaned" for name in left]
@@ -345,7 +346,7 @@ class Simulation:
         """
         from make_us_rich.registry.store import ModelStore
 
-        models, rows = ModelStore(self.settings.store_url), self.rows()
+        models, rows = ModelStore.of(self.settings), self.rows()
         for pair in self.pairs:
             infos = models.versions(pair)
             unfinished = {i.version for i in infos if i.problem.startswith("not finished")}

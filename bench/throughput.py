@@ -138,7 +138,7 @@ def main():
         settings = get_settings(home=home / "store", runs=home / "runs", exchange_url=server.url)
         for old in (*(home / "store" / "models").glob("P[0-9]*"), *(home / "store").glob("mkrich.db*"), home / "runs"):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-        if ModelStore(settings.store_url).champion("POOLED_ALL") is None:
+        if ModelStore.of(settings).champion("POOLED_ALL") is None:
             settings.home.mkdir(parents=True, exist_ok=True)
             engine = connect(settings.db_url)
             migrate(engine)

@@ -372,6 +372,7 @@ class Limiter:
         return 0 if len(tries) < self.times else max(1, math.ceil(tries[0] + self.seconds - now))
 
 
+@lru_cache(4096)
 def network_of(address: str) -> str:
     "An IPv4 address itself, the /64 network of an IPv6 address, any other text as it is."
     try:

@@ -36,7 +36,7 @@ from ..core.database import connect, migrate, session
 from ..serving.service import Service
 from . import forecasts, models, pages, people, runs, status, stream
 from .logs import configure_logging
-from .access import return_rests
+from .access import keep_tidy
 from .accounts import add_user, create_token, list_tokens, list_users
 from .routing import Api, build_app, series_named
 
@@ -49,7 +49,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     service.events.open()  # the same application may have been stopped before
     _first_at_signals(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(service.events.close))
     measuring = asyncio.create_task(_measure(api))
-    tidying = asyncio.create_task(return_rests(api.authenticator.leases))
+    tidying = asyncio.create_task(keep_tidy(api.authenticator.leases))
     threading.Thread(target=_work, args=(service,), name="service", daemon=True).start()
     try:
         yield
@@ -63,7 +63,6 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 def _work(service: Service) -> None:
     "What the service's thread does."
-    service.start()
     service.run_forever()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 import orjson
 
+from ..core.secrets import shown
 from . import calls
 from make_us_rich.api.calls import (
     SILENT,
@@ -69,7 +70,7 @@ def unreachable(url: str, error: Exception) -> "ForecastUnavailable":
     "The error for a server that does not answer."
     from make_us_rich.core.settings import ForecastUnavailable
 
-    rule = f"the API at {url} cannot be reached ({type(error).__name__})"
+    rule = f"the API at {shown(url)} cannot be reached ({type(error).__name__})"
     return ForecastUnavailable(f"{rule}; start it with mkrich serve, or check the address", "api_unavailable")
 
 
@@ -197,8 +198,8 @@ class ApiError(Exception):
     def silence(cls, url: str, error: Exception) -> "ApiError":
         "That of a server that does not answer."
         if isinstance(error, httpx.TimeoutException):
-            return cls(f"the API at {url} does not answer in time", "slow")
-        return cls(f"the API at {url} cannot be reached", "down")
+            return cls(f"the API at {shown(url)} does not answer in time", "slow")
+        return cls(f"the API at {shown(url)} cannot be reached", "down")
 
 # %% ../../nbs/07_api/18_client.ipynb #07ba37b4
 class Awaited:

@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..core.secrets import shown
 from ..core.settings import Settings, get_settings, system_clock, utc_iso
 from .output import app, installed_version, new_console, sentence_of
 
@@ -93,7 +94,7 @@ def _exchange(settings: Settings) -> Finding:
     client = BinanceClient(settings.exchange_url)
     now = client.now()
     off = (now - system_clock()).total_seconds()
-    text = f"{settings.exchange_url} answers, {client.source}"
+    text = f"{shown(settings.exchange_url)} answers, {client.source}"
     if client.source.startswith("historical"):
         return Finding("exchange", "ok", f"{text}; its clock stands at {utc_iso(now)}")
     remedy = "set this machine's clock; the exchange's clock is used meanwhile"
@@ -126,10 +127,12 @@ def _models(settings: Settings) -> Finding:
     "The stored versions are whole."
     from make_us_rich.registry.store import ModelStore
 
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     damaged = [i.version for series in store.series() for i in store.versions(series) if i.problem]
     told = f", damaged: {', '.join(damaged)}" if damaged else ""
-    return _judged("models", not damaged, f"{settings.store_url}, {len(store.series())} pairs{told}", "train again")
+    return _judged(
+        "models", not damaged, f"{shown(settings.store_url)}, {len(store.series())} pairs{told}", "train again"
+    )
 
 
 @app.command(epilog="Example: [bold]mkrich doctor[/]")

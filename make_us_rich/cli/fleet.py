@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..core.settings import MakeUsRichError, Settings, get_settings
+from ..core.secrets import WORK, forms_in
+from ..core.settings import MakeUsRichError, Settings, SettingsError, get_settings
 from ..core.processes import end_tree, exit_with_parent, start_with_parent
 from .output import PlannedPairs, PlanOption
 from .output import app, new_console, new_table, say
@@ -100,9 +101,7 @@ def _become(python: Path, words: list[str], environment: dict[str, str]) -> None
 
 
 @fleet_app.command(
-    "server",
-    epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 "
-    "--database postgresql+asyncpg://prefect:...@db/prefect[/]",
+    "server", epilog="Example: [bold]mkrich fleet server --host 0.0.0.0 --database postgresql+asyncpg://db/prefect[/]"
 )
 def fleet_server(
     host: Annotated[
@@ -110,13 +109,21 @@ def fleet_server(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the API and the page.")] = 4200,
     database: Annotated[
-        str, typer.Option(help="Prefect's own database, another one than ours; without: a SQLite file.", metavar="URL")
+        str,
+        typer.Option(
+            help="Prefect's own database, another one than ours; one with a password by "
+            "PREFECT_API_DATABASE_CONNECTION_URL. Without: a SQLite file.",
+            metavar="URL",
+        ),
     ] = "",
     prefect: PrefectOption = None,
 ) -> None:
     "Run the Prefect server, until Ctrl-C; its page is at http://HOST:PORT."
     from make_us_rich.schedule.fleet import engine_environment, find_prefect
 
+    if forms_in(database):
+        rule = "what stands on a command line can be read by everybody on this machine"
+        raise SettingsError(f"{rule}; give an address with a password by PREFECT_API_DATABASE_CONNECTION_URL")
     environment = engine_environment(get_settings(), f"http://{host}:{port}/api")
     environment |= {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
     _become(find_prefect(prefect), ["server", "start", "--host", host, "--port", str(port)], environment)
@@ -155,7 +162,8 @@ def fleet_worker(
     start = ["worker", "start", "--pool", pool, "--type", "process"]
     # a worker of its own for the sweep: it must run when all places are taken
     sweep = [*start, "--name", f"{name} sweep", "--limit", "1", "--work-queue", "sweep"]
-    start_with_parent(_run_sweeper, str(python), server, *sweep, patience=15)
+    needs = (*WORK, "engine", "settings")  # all that `engine_environment` hands on
+    start_with_parent(_run_sweeper, str(python), server, *sweep, patience=15, needs=needs)
     _become(python, [*start, "--name", name, "--limit", str(jobs), "--work-queue", "train"], environment)
 
 # %% ../../nbs/11_cli/08_fleet.ipynb #8663b952

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.secrets import WORK
 from ..core.settings import MakeUsRichError, Settings, get_settings, system_clock
 from ..core.processes import start_with_parent
 from ..core.supervisor import ManagedProcess
@@ -45,7 +46,8 @@ def begin_part(
         part.log.parent.mkdir(parents=True, exist_ok=True)
         with part.log.open("wb") as log:
             out, error = (None, None) if to_terminal else (log, log)
-            process = start_with_parent(_be_a_part, patience=15, stdin=subprocess.PIPE, stdout=out, stderr=error)
+            pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": error}
+            process = start_with_parent(_be_a_part, patience=15, needs=WORK, **pipes)
         assert process.stdin is not None
         with process.stdin as orders:
             orders.write(

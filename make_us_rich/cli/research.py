@@ -215,7 +215,7 @@ def gate(
     from make_us_rich.registry.store import ModelReader
 
     settings, series = get_settings(), Series.parse(pair, interval)
-    store, candles = ModelReader(settings.store_url), CandleStore(settings.candles_dir)
+    store, candles = ModelReader.of(settings), CandleStore(settings.candles_dir)
     client, now = BinanceClient(settings.exchange_url), None
     try:
         if version or store.champion(series):  # without a model there is nothing to fetch candles for

@@ -228,6 +228,6 @@ def verify(pairs: SomePairs = None, interval: IntervalOption = None) -> None:
     from make_us_rich.registry.store import ModelStore
 
     settings, ledger = get_settings(), _open_ledger()
-    store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
+    store, candles = ModelStore.of(settings), CandleStore(settings.candles_dir)
     for series in _recorded(ledger, pairs, interval):
         new_console().print(ledger.verify(series, store, candles))

@@ -108,7 +108,7 @@ def _with_model(settings: Settings) -> "list[Series]":
     from make_us_rich.market.series import POOLED
     from make_us_rich.registry.store import ModelStore
 
-    return [series for series in ModelStore(settings.store_url).series() if series.pair != POOLED]
+    return [series for series in ModelStore.of(settings).series() if series.pair != POOLED]
 
 
 def untrained(plan: str, settings: Settings) -> list["Entry"]:

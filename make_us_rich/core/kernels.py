@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partialmethod
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from .secrets import environment_for
 from .processes import end_tree, exit_with_parent, function_at, lives, path_of
 
 # %% ../../nbs/01_core/08_kernels.ipynb #650cbc87
@@ -91,6 +92,19 @@ class ForkedProcess:
     kill = partialmethod(send_signal, signal.SIGKILL)
 
 # %% ../../nbs/01_core/08_kernels.ipynb #b292889a
+@contextlib.contextmanager
+def _plain_environment() -> Iterator[None]:
+    "Nothing in the environment that a child does not need: that of the server can be read in /proc as its children's."
+    kept = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment_for(env=kept) | ONE_THREAD)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
 class ForkServer:
     "A process with all libraries loaded, of which children are forked to call functions of the library."
 
@@ -99,7 +113,8 @@ class ForkServer:
         self.context.set_forkserver_preload(list(libraries))
         self.children: list[ForkedProcess] = []
         os.environ.update(ONE_THREAD)
-        forkserver.ensure_running()
+        with _plain_environment():
+            forkserver.ensure_running()
         Finalize(None, self.close, exitpriority=100)  # `multiprocessing` would wait for them
 
     def start(

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from .secrets import environment_for
+
 # %% ../../nbs/01_core/03_processes.ipynb #174f26f3
 def path_of(function: Callable[..., Any]) -> str:
     "`module:name` of a function of a module."
@@ -130,9 +132,10 @@ def _follow_parent(parent: int, patience: float, ending: threading.Event) -> Non
 
 # %% ../../nbs/01_core/03_processes.ipynb #814d39ca
 def start_with_parent(
-    function: Callable[..., Any], *arguments: str, patience: float = 0, **options: Any
+    function: Callable[..., Any], *arguments: str, patience: float = 0, needs: Iterable[str] = (), **options: Any
 ) -> "subprocess.Popen[Any]":
-    "Call a function of the library with texts in a new process that ends with this one; `options` as for `Popen`."
+    "Call a function of the library in a new process that ends with this one; `needs` as for `environment_for`."
+    options = {"env": environment_for(*needs)} | options
     module, _, name = path_of(be_started).partition(":")
     program = f"from {module} import {name}; {name}()"
     command = [sys.executable, "-c", program, path_of(function), str(os.getpid()), str(patience), *arguments]

@@ -11,7 +11,6 @@ __all__ = ['Clock', 'log', 'Ticks', 'MakeUsRichError', 'SettingsError', 'CandleE
 import difflib
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,10 +95,7 @@ class Settings(BaseSettings):
         "", pattern=r"^$|^\w+://.*$", description="shared copy of the candles for many hosts; empty: each has its own"
     )
     database_url: str = Field(
-        "",
-        pattern=r"^$|^(sqlite|postgres)\S*://.*$",
-        repr=False,
-        description="record and users; empty: SQLite in <home>",
+        "", pattern=r"^$|^(sqlite|postgres)\S*://.*$", repr=False, description="record, users; empty: SQLite in <home>"
     )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     hosts: str = Field("", description="more names of the API and the page, separated by commas: the front door's")
@@ -115,6 +111,7 @@ class Settings(BaseSettings):
     heartbeat_url: str = Field(
         "", repr=False, pattern=r"^$|^https?://\S+$", description="called while all is well, for who misses the calls"
     )
+    signing_key: str = Field("", repr=False, pattern=r"^$|^\S{16,}$", description="seals models; empty: one in <home>")
     threads: int = Field(1, ge=1, le=256, description="threads of one training; more than 1 hurts beside other work")
     deadline: float = Field(900, gt=0, description="seconds that one run may take")
     history_days: int = Field(365, ge=1, le=10_000, description="days of candles that a model is trained on")
@@ -167,13 +164,11 @@ def _refuse_readable(env_file: Path) -> None:
 
 
 def _setting_sentence(problem: object) -> str:
-    "What pydantic found wrong, in a sentence that shows no password."
+    "What pydantic found wrong, in a sentence without the value: it may be a password, or hold one."
     p = dict(problem)  # type: ignore[call-overload]
     name = "MUR_" + "_".join(str(x) for x in p["loc"]).upper().removeprefix("MUR_")
-    value = re.sub(
-        r"(?<=://).*", "***", str(p["input"])
-    )  # an address may carry a password, and its scheme is what can be wrong
-    return f"{name}={value!r} is wrong: {p['msg'].lower()}; set it to another value or leave it out"
+    rule = p["msg"][0].lower() + p["msg"][1:]
+    return f"{name} is wrong: {rule}; set it to another value or leave it out"
 
 # %% ../../nbs/01_core/01_settings.ipynb #5b04c41e
 Clock = Callable[[], pd.Timestamp]

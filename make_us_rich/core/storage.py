@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from filelock import FileLock
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from .secrets import scrub, shown
+from .secrets import Signer, scrub, shown
 from .settings import StoreError, log
 
 # %% ../../nbs/01_core/04_storage.ipynb #a33e2b9b
@@ -69,6 +70,28 @@ def _link_above(root: Path, key: str) -> Path | None:
     return next((part for part in [Path(key), *Path(key).parents][:-1] if (root / part).is_symlink()), None)
 
 
+def _fetch(store: Any, key: str, limit: int, shown_url: str) -> tuple[bytes | None, dict[str, Any]]:
+    "See `Objects.read_with_tag`."
+    try:
+        found = obs.get(store, key)
+    except FileNotFoundError:
+        return None, {}
+    if (size := found.meta["size"]) > limit:
+        rule = f"has {size:,} bytes, more than the {limit:,} allowed"
+        raise StoreError(f"{key} in {shown_url} {rule}; it was not fetched, remove it or train again", "too_large")
+    return bytes(found.bytes()), {k: found.meta[k] for k in ("e_tag", "version") if found.meta[k]}
+
+
+def _folder_of(url: str) -> Path | None:
+    "The folder that a URL names; None if it is no `file://`."
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        return None
+    if parts.netloc or len(parts.path) < 2:
+        raise OSError("a file URL has three slashes and a full path, like file:///home/me/models")
+    return Path(url2pathname(parts.path))
+
+
 def _remote(url: str) -> Any:
     "A store that is no folder, with patience of our own."
     if url.startswith("memory:"):
@@ -84,17 +107,25 @@ def _remote(url: str) -> Any:
 class Objects:
     "Named objects below one URL: read whole, created once, replaced only by one who saw what is replaced."
 
-    def __init__(self, url: str, name: str = "model store", setting: str = "MUR_MODELS_URL") -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str = "model store",
+        setting: str = "MUR_MODELS_URL",
+        signer: Callable[[], Signer] = Signer,
+    ) -> None:
         self.url, self.tried = shown(url), False
+        self._make_signer = signer
         self.name, self.setting = name, setting
         self.root: Path | None = None
         with self.told("opened"):
-            parts = urlsplit(url)
-            if parts.scheme == "file":
-                if parts.netloc or len(parts.path) < 2:
-                    raise OSError("a file URL has three slashes and a full path, like file:///home/me/models")
-                self.root = Path(url2pathname(parts.path))
+            self.root = _folder_of(url)
             self.store: Any = LocalStore(self.root, mkdir=True) if self.root else _remote(url)
+
+    @cached_property
+    def signer(self) -> Signer:
+        "Who seals what lies here; made when it is needed, as the key of a home may have to be made first."
+        return self._make_signer()
 
     @contextmanager
     def told(self, what: str) -> Iterator[None]:
@@ -130,16 +161,7 @@ class Objects:
         "The whole object, and what a write names that must not go over another's head."
         self.place(key)
         with self.told("read"):
-            try:
-                found = obs.get(self.store, key)
-            except FileNotFoundError:
-                return None, {}
-            if (size := found.meta["size"]) > limit:
-                rule = f"has {size:,} bytes, more than the {limit:,} allowed"
-                raise StoreError(
-                    f"{key} in {self.url} {rule}; it was not fetched, remove it or train again", "too_large"
-                )
-            return bytes(found.bytes()), {k: found.meta[k] for k in ("e_tag", "version") if found.meta[k]}
+            return _fetch(self.store, key, limit, self.url)
 
 # %% ../../nbs/01_core/04_storage.ipynb #mur74285223
 MOST_NAMES, LONGEST_LISTING = 100_000, 60.0  # objects, seconds

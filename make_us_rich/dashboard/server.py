@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..core.hosts import OwnHosts
-from ..core.secrets import scrub, without_secrets
+from ..core.secrets import environment_for, scrub
 from ..core.processes import end_tree, start_with_parent
 from ..core.kernels import KERNEL_ID, ForkServer, launch_from
 from ..api.client import Plain
@@ -190,8 +190,6 @@ class PageOptions:
 
 def _environment(folder: Path, api_url: str, token_file: str, idle: int) -> dict[str, str]:
     "The environment of the page server: no secret of ours, no configuration of the user."
-    kept = without_secrets(os.environ).items()
-    clean = {name: value for name, value in kept if not name.startswith(("MUR_", "AWS_", "WANDB_"))}
     jupyter = {
         "JUPYTER_PATH": str(folder / "share"),
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
@@ -205,7 +203,7 @@ def _environment(folder: Path, api_url: str, token_file: str, idle: int) -> dict
         "MKRICH_PAGE_PATIENCE": str(max(10, idle // 2)),
         "OMP_NUM_THREADS": "1",
     }
-    return clean | jupyter | ours
+    return environment_for() | jupyter | ours
 
 # %% ../../nbs/10_dashboard/11_server.ipynb #599a9751
 def start_dashboard(settings: "Settings", options: PageOptions = PageOptions(), errors: Any = None) -> Running:

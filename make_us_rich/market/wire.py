@@ -19,6 +19,7 @@ from binance.client import Client
 from binance.exceptions import BinanceAPIException, BinanceRequestException
 from requests.adapters import HTTPAdapter
 
+from ..core.secrets import shown
 from ..core.settings import ExchangeError, SettingsError, utc_iso
 
 # %% ../../nbs/02_market/03a_wire.ipynb #fbee759d
@@ -126,7 +127,7 @@ class Wire:
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            rule = f"an exchange URL looks like https://data-api.binance.vision, not {url!r}"
+            rule = f"an exchange URL looks like https://data-api.binance.vision, this one leads to {shown(url)}"
             raise SettingsError(f"{rule}; set MUR_EXCHANGE_URL that way")
         self.host, self.timeout = parts.netloc.rpartition("@")[2], timeout
         self.client = Client(ping=False)

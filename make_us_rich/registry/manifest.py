@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from ..core.secrets import Signer
 from ..core.settings import StoreError
 from ..core.storage import MODEL_LIMIT
 from ..market.series import Series
@@ -98,7 +99,7 @@ class Manifest(Record):
     schema_version: Literal[1] = 1
     pair: str
     interval: str
-    window: int = Field(gt=0, le=100_000)
+    window: int = Field(gt=0, le=10_000)
     columns: list[str]
     levels: list[float]
     recipe: dict[str, JsonValue]
@@ -173,12 +174,15 @@ def draft_manifest(
     return Manifest(**facts | changes)
 
 # %% ../../nbs/05_registry/01_manifest.ipynb #0c85fa90
+NO_KEY = Signer()
+
+
 def sha256(data: bytes) -> str:
     "Hash in hexadecimal."
     return hashlib.sha256(data).hexdigest()
 
 
-def seal_manifest(draft: Manifest, model: bytes) -> bytes:
+def seal_manifest(draft: Manifest, model: bytes, signer: Signer = NO_KEY) -> bytes:
     "The bytes of a finished manifest for this model."
     if not 0 < len(model) <= MODEL_LIMIT:
         raise StoreError(
@@ -187,16 +191,20 @@ def seal_manifest(draft: Manifest, model: bytes) -> bytes:
     files = {"model.onnx": FileInfo(sha256=sha256(model), size=len(model))}
     facts = json.loads(draft.model_copy(update={"files": files}).model_dump_json(exclude={"seal"}))
     text = json.dumps(facts | {"seal": ""}, indent=1, sort_keys=True, allow_nan=False)
-    return text.replace('"seal": ""', f'"seal": "{sha256(text.encode())}"').encode()
+    return text.replace('"seal": ""', f'"seal": "{signer.seal(text.encode())}"').encode()
 
 
-def open_manifest(data: bytes) -> Manifest:
-    "The manifest in these bytes; ValueError if they are not exactly what was sealed."
+def open_manifest(data: bytes, signer: Signer = NO_KEY) -> Manifest:
+    "The manifest in these bytes; ValueError if they are not exactly what was sealed, by whom the signer knows."
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as e:
         raise ValueError(f"manifest.json is not a manifest ({e.errors()[0]['msg'].lower()})") from None
     sealed = data.replace(f'"seal": "{manifest.seal}"'.encode(), b'"seal": ""')
-    if sha256(sealed) != manifest.seal or not manifest.files:
-        raise ValueError(f"manifest.json has sha256 {sha256(sealed)[:12]} but is sealed with {manifest.seal[:12]}")
+    try:
+        signer.check(sealed, manifest.seal, data)
+    except ValueError as e:
+        raise ValueError(f"manifest.json {e}") from None
+    if not manifest.files:
+        raise ValueError("manifest.json names no model")
     return manifest

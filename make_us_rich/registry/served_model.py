@@ -8,7 +8,6 @@ __all__ = ['ROLL_BACK', 'TRIAL', 'TRIAL_MEMORY', 'TRIAL_SECONDS', 'graph_returns
 
 # %% ../../nbs/05_registry/05_served_model.ipynb #4896fffc
 import io
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 from onnxruntime import InferenceSession
 
+from ..core.secrets import environment_for
 from ..core.settings import StoreError
 from ..market.candles import VALUE_COLUMNS
 from ..models.baselines import LEVELS
@@ -58,6 +58,7 @@ class OnnxModel:
         self.manifest = bundle.manifest
         self.window = bundle.manifest.window
         self.session = open_graph(bundle.model)
+        self._check_window()
         self._check_golden()
 
     def predict(self, candles: np.ndarray, open_time: np.ndarray, width: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +68,13 @@ class OnnxModel:
         quantiles, scale = self.session.run(None, feed)
         self.seconds = time.perf_counter() - start  # of the newest call, for whoever watches the service
         return quantiles, scale
+
+    def _check_window(self) -> None:
+        "`StoreError` if the graph looks at more or fewer candles than its manifest says."
+        looks_at = self.session.get_inputs()[0].shape[1]
+        if looks_at != self.window:
+            rule = f"the graph of version {self.manifest.version} of {self.manifest.pair} looks at {looks_at} candles"
+            raise StoreError(f"{rule}, its manifest says {self.window}; {ROLL_BACK}", "unfit_model")
 
     def _check_golden(self) -> None:
         "`StoreError` if the golden forecast comes out differently here."
@@ -126,7 +134,9 @@ except ImportError:
     pass
 import io
 import numpy as np
+from make_us_rich.core.processes import exit_with_parent
 from make_us_rich.models.graph import open_session
+exit_with_parent()
 told = np.load(io.BytesIO(sys.stdin.buffer.read()))
 session = open_session(told["model"].tobytes())
 session.run(None, {name: told[name] for name in ("candles", "open_time", "width")})
@@ -136,7 +146,11 @@ TRIAL_MEMORY, TRIAL_SECONDS = 1 << 30, 30
 
 def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_SECONDS) -> None:
     "Run a batch of the golden window in a child with little memory and time; `StoreError` (`unfit_model`) if it fails."
-    inputs = bundle.manifest.golden.inputs(bundle.manifest.window)
+    name = f"version {bundle.version} of {bundle.manifest.pair}"
+    try:
+        inputs = bundle.manifest.golden.inputs(bundle.manifest.window)
+    except Exception as e:  # whatever base64 and zlib find wrong
+        raise StoreError(f"{name} has no golden window that can be read ({e}); {ROLL_BACK}", "unfit_model") from None
     names = ("candles", "open_time", "width")
     arrays: dict[str, Any] = {"model": np.frombuffer(bundle.model, np.uint8)}
     arrays |= {
@@ -144,7 +158,7 @@ def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_S
     }  # the service forecasts in batches of 32
     data = io.BytesIO()
     np.savez(data, **arrays)
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    environment = environment_for() | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", TRIAL, str(memory), str(seconds)]
     try:
         done = subprocess.run(
@@ -159,7 +173,6 @@ def try_model(bundle: Bundle, memory: int = TRIAL_MEMORY, seconds: int = TRIAL_S
         why = f"no answer within {4 * seconds} s"
     if why:
         limits = f"{memory >> 20} MB and {seconds} s"
-        name = f"version {bundle.version} of {bundle.manifest.pair}"
         raise StoreError(
             f"{name} failed its trial run with {limits}: {why}; serve an earlier version, or train again", "unfit_model"
         )

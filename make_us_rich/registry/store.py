@@ -8,20 +8,22 @@ __all__ = ['PAGE', 'PAGE_LIMIT', 'series_at', 'ModelReader', 'ModelWriter', 'Mod
 
 # %% ../../nbs/05_registry/04_store.ipynb #cd672202
 import re
-from functools import lru_cache
 from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Self
 
 import obstore as obs
 import pandas as pd
 
-from ..core.secrets import shown
-from ..core.settings import Clock, SettingsError, StoreError, log, system_clock
+from ..core.secrets import Signer, shown
+from ..core.settings import Clock, Settings, SettingsError, StoreError, log, system_clock
 from ..core.storage import TEXT_LIMIT, Objects, change, list_objects, replace, try_conditions
 from ..market.series import POOLED, Series
 from .manifest import Manifest, open_manifest
 from .versions import UNUSABLE, VERSION, Bundle, VersionInfo, as_arguments
 from .versions import list_versions, load_bundle, place, publish_bundle
+from .signing import home_signer
 from .champion import POINTER_STAYS, Pointer, backward, forward, open_pointer, step_before, step_to
 
 # %% ../../nbs/05_registry/04_store.ipynb #7e18f7b0
@@ -52,7 +54,7 @@ SAFE_STEPS = 4  # the champion and the three before it are never removed
 def claimed_version(objects: Objects, key: str) -> str:
     "The version that a claim stands for; an empty text if the claim is damaged."
     try:
-        return open_manifest(objects.read(key, TEXT_LIMIT) or b"").version
+        return open_manifest(objects.read(key, TEXT_LIMIT) or b"", objects.signer).version
     except ValueError:
         return ""
 
@@ -88,9 +90,14 @@ def series_at(pair: str, interval: str, url: str) -> Series | None:
 class ModelReader:
     "The published models below one URL, to read."
 
-    def __init__(self, url: str, clock: Clock = system_clock) -> None:
+    def __init__(self, url: str, clock: Clock = system_clock, signer: Callable[[], Signer] = Signer) -> None:
         self.url, self.clock = url, clock
-        self.objects = Objects(url)
+        self.objects = Objects(url, signer=signer)
+
+    @classmethod
+    def of(cls, settings: Settings, clock: Clock = system_clock, url: str = "") -> Self:
+        "The store of the settings (or the one at `url`), whose versions are sealed with the key of the home."
+        return cls(url or settings.store_url, clock, partial(home_signer, settings))
 
     def champion(self, series: str | Series) -> Pointer | None:
         "The pointer of a series; None if nothing was promoted yet."
@@ -108,7 +115,7 @@ class ModelReader:
         "What a run published, found by its claim and checked in every byte; None if that is nothing usable."
         try:
             claim = self.objects.read(f"{place(series)}/runs/{run_id}.json", TEXT_LIMIT)
-            return load_bundle(self.objects, series, open_manifest(claim or b"").version)
+            return load_bundle(self.objects, series, open_manifest(claim or b"", self.objects.signer).version)
         except ValueError:
             return None
         except StoreError as e:

@@ -52,7 +52,7 @@ def read_sound(objects: Objects, folder: str, expect: str = "") -> tuple[Manifes
         raise ValueError("manifest.json is missing, so it was never finished")
     if expect and sha256(data) != expect:
         raise ValueError(f"manifest.json has sha256 {sha256(data)[:12]}, the pointer says {expect[:12]}")
-    manifest = open_manifest(data)
+    manifest = open_manifest(data, objects.signer)
     if place(manifest.series, manifest.version) != folder:
         raise ValueError(f"manifest.json belongs to {manifest.pair} {manifest.interval} {manifest.version}")
     return manifest, data, read_model(objects, folder, manifest)
@@ -75,12 +75,12 @@ def publish_bundle(objects: Objects, draft: Manifest, model: bytes) -> str:
     "Write one version, once per run id; returns the run's version, also when another process was first."
     folder = place(draft.series)
     claim = f"{folder}/runs/{draft.run_id}.json"
-    mine = seal_manifest(draft, model)
+    mine = seal_manifest(draft, model, objects.signer)
     try_conditions(objects)
     with objects.lock(folder):
         if done := finish(objects, folder, objects.read(claim, TEXT_LIMIT)):
             return done
-        put_sound(objects, f"{folder}/{open_manifest(mine).version}/model.onnx", model)
+        put_sound(objects, f"{folder}/{open_manifest(mine, objects.signer).version}/model.onnx", model)
         if not create(objects, claim, mine):
             if done := finish(objects, folder, objects.read(claim, TEXT_LIMIT)):
                 return done
@@ -89,9 +89,9 @@ def publish_bundle(objects: Objects, draft: Manifest, model: bytes) -> str:
 
 
 def finish(objects: Objects, folder: str, claimed: bytes | None) -> str:
-    "Complete the version of a claim and name it; an empty text if the claim is missing, damaged, or its model is gone."
+    "Complete the version of a claim and name it; empty if the claim is missing, not ours, or its model is gone."
     try:
-        manifest = open_manifest(claimed or b"")
+        manifest = open_manifest(claimed or b"", objects.signer)
         target = f"{folder}/{manifest.version}"
         read_model(objects, target, manifest)
     except ValueError:
@@ -155,7 +155,7 @@ def list_versions(objects: Objects, folder: str, champion: str = "") -> list[Ver
         try:
             if (data := objects.read(f"{folder}/{version}/manifest.json", TEXT_LIMIT)) is None:
                 raise ValueError("not finished: it has no manifest.json")
-            manifest = open_manifest(data)
+            manifest = open_manifest(data, objects.signer)
             if (
                 f"{version}/model.onnx" not in found
                 or found[f"{version}/model.onnx"]["size"] != manifest.files["model.onnx"].size

@@ -24,7 +24,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from ..core.secrets import find_secrets, secret_values
+from ..core.secrets import environment_for, find_secrets, secret_values
 from ..core.settings import Settings, SettingsError, StoreError, log, system_clock
 from ..core.storage import write_atomic
 from ..registry.store import ModelReader, ModelStore
@@ -140,7 +140,7 @@ def _make_page(outcome: Outcome, notebook: Path, settings: Settings) -> Outcome:
     told = outcome.model_copy(update={"page": str(page)})
     write_atomic(notebook.parent / "outcome.json", told.model_dump_json(indent=1).encode())
     for version in {outcome.version, _fallback_of(notebook.parent)} - {""}:
-        ModelStore(settings.store_url).put_page(outcome.series, version, page.read_bytes())
+        ModelStore.of(settings).put_page(outcome.series, version, page.read_bytes())
     return told
 
 
@@ -212,7 +212,7 @@ def _sync_one(folder: Path, timeout: float, env: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
             command,
-            env=dict(env) | {"WANDB_MODE": "online"},
+            env=environment_for("tracking", "network", env=env) | {"WANDB_MODE": "online"},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -39,7 +39,7 @@ def find_fate(row: RunRow, settings: Settings) -> Outcome:
     reason = f"{watcher} was killed before the run ended"
     left: dict[str, Any] = run_of(row).facts | {"started_at": utc_iso(row.started_at)}
     try:
-        if version := adopt_version(ModelStore(settings.store_url), run_of(row)):
+        if version := adopt_version(ModelStore.of(settings), run_of(row)):
             reason += "; its version was published and is adopted"
             return Outcome(state="published", exit_class="ok", version=version, reason=reason, **left)
     except StoreError as e:

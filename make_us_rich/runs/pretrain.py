@@ -125,7 +125,7 @@ def open_pool(
         {name: book.content_hash for name, (_, book) in found.items()},
         left_out,
         ", ".join(sorted({book.source for _, book in found.values()})),
-        ModelStore(settings.store_url),
+        ModelStore.of(settings),
         place.run_id or str(identify(pool, newest, loaded)),
         Path(place.result_path or settings.home / "result.json"),
     )

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.secrets import environment_for
 from ..core.settings import CandleError, StoreError, system_clock, utc_iso
 from ..core.storage import write_atomic
 from ..market.series import Series
@@ -64,7 +65,8 @@ def git_revision() -> str:
     "The revision of this clone."
     try:
         command = ["git", "-C", str(files("make_us_rich")), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        done = subprocess.run(command, env=environment_for(), capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -187,7 +187,7 @@ def open_run(
         book.source,
         client,
         candles,
-        ModelStore(settings.store_url),
+        ModelStore.of(settings),
         place.run_id or str(identify(series, end, loaded)),
         Path(place.result_path or settings.home / "result.json"),
         note,

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from ..core.secrets import environment_for
 from ..core.processes import Started, descendants, end_tree, exit_with_parent, start_with_parent
 from ..core.storage import write_atomic
 from ..core.kernels import ForkServer, fork_kernel
@@ -165,8 +166,9 @@ def run_notebook(
 def _start_child(spec: Path, log_file: Any, threads: int, environment: dict[str, str]) -> Started:
     "The process that executes a run's notebook: forked if there is a fork server, else started."
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")}
-    env = inherited | environment | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
+    env = (
+        environment_for() | environment | pinned | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MUR_THREADS": str(threads)}
+    )
     for server in _FORK_SERVER:
         if (child := server.start(execute_child, str(spec), True, environment=env, log_path=log_file.name)) is not None:
             return child

@@ -85,7 +85,7 @@ def is_gone(row: RunRow, settings: Settings) -> bool:
     "Whether a run has published, and the model store does not have it any more."
     if row.state != "published":
         return False
-    return ModelReader(settings.store_url).of_run(series_of(row), row.run_id) is None
+    return ModelReader.of(settings).of_run(series_of(row), row.run_id) is None
 
 
 def say_idle(run: RunId, row: RunRow) -> Outcome:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.secrets import environment_for
 from ..core.settings import Clock, SettingsError, log, system_clock, utc_iso
 from ..core.processes import start_with_parent
 from ..core.storage import write_atomic
@@ -79,7 +80,9 @@ def check_addresses(urls: str) -> None:
     if not urls.strip():
         return
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with start_with_parent(read_addresses, **pipes) as process:  # of its own, which keeps this one small
+    with start_with_parent(
+        read_addresses, needs=["network"], **pipes
+    ) as process:  # of its own, which keeps this one small
         _, said = process.communicate(urls, timeout=120)
     if process.returncode:
         raise SettingsError(said.strip().splitlines()[-1] if said.strip() else "MUR_ALERT_URLS cannot be read")
@@ -117,7 +120,12 @@ def send_messages(url: str, messages: list[dict[str, str]]) -> int:
     order, limit = json.dumps({"url": url, "messages": messages}), 60 + 10 * len(messages)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _SENDER], input=order, capture_output=True, text=True, timeout=limit
+            [sys.executable, "-c", _SENDER],
+            input=order,
+            env=environment_for("network"),
+            capture_output=True,
+            text=True,
+            timeout=limit,
         )
         return int((done.stdout.split() or ["0"])[-1])
     except (subprocess.SubprocessError, OSError, ValueError):

@@ -8,7 +8,6 @@ __all__ = ['ENGINE', 'QUIET', 'fleet_run', 'Wanted', 'missing_runs', 'moments', 
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #ad4f9f30
 import json
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -21,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.secrets import WORK, environment_for, shown
 from ..core.settings import ExchangeError, MakeUsRichError, Settings, SettingsError, system_clock
 from ..core.database import connect
 from ..core.locks import ledger_locks, series_lock
@@ -165,6 +165,7 @@ def engine_environment(settings: Settings, server: str) -> dict[str, str]:
         "MUR_MODELS_URL": settings.store_url,
         "MUR_DATABASE_URL": settings.db_url,
         "MUR_ALERT_URLS": settings.alert_urls,
+        "MUR_SIGNING_KEY": settings.signing_key,
     }
     theirs = {
         "PREFECT_API_URL": server,
@@ -172,8 +173,8 @@ def engine_environment(settings: Settings, server: str) -> dict[str, str]:
         "PYTHONPATH": str(ENGINE),
         "MKRICH": str(program),
     }
-    kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONHOME", "MPLBACKEND", "IN_TEST")}
-    return kept | ours | theirs | QUIET
+    kept = environment_for(*WORK, "engine")
+    return {k: v for k, v in kept.items() if k not in ("VIRTUAL_ENV", "PYTHONHOME")} | ours | theirs | QUIET
 
 # %% ../../nbs/09_schedule/05_fleet.ipynb #8ebab045
 def check_server(server: str) -> str:
@@ -189,7 +190,7 @@ def check_server(server: str) -> str:
         problem = f"is not a Prefect server (HTTP {e.code})"
     except (OSError, ValueError) as e:
         problem = "does not answer" if isinstance(e, OSError) else "is not the URL of a Prefect server"
-    raise SettingsError(f"{server} {problem}; {start}", "no_engine")
+    raise SettingsError(f"{shown(server)} {problem}; {start}", "no_engine")
 
 
 def register(told: dict[str, Any], python: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def register(told: dict[str, Any], python: Path, environment: dict[str, str]) ->
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no text"])[-1]
-        problem = f"the deployments could not be registered at {environment['PREFECT_API_URL']}: {last}"
+        problem = f"the deployments could not be registered at {shown(environment['PREFECT_API_URL'])}: {last}"
         raise MakeUsRichError(f"{problem}; nothing else was changed", "engine")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -218,6 +219,9 @@ def warn_of_one_host(settings: Settings) -> list[str]:
     if settings.store_url.startswith("file:"):
         remedy = "for more hosts set MUR_MODELS_URL, for example to s3://mur/models"
         found.append(f"models go to a folder of this host; {remedy}")
+    elif not settings.signing_key:
+        remedy = "for more hosts set MUR_SIGNING_KEY to the same secret on each"
+        found.append(f"models are sealed with a key of this host, so others refuse them; {remedy}")
     if not settings.candles_url:
         remedy = "to fetch each one once set MUR_CANDLES_URL, for example to s3://mur/candles"
         found.append(f"each host fetches its own candles; {remedy}")

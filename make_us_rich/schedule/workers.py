@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..core.secrets import WORK
 from ..core.settings import Settings, StoreError, get_settings, log, system_clock
 from ..core.processes import end_tree, function_at, start_with_parent
 from ..core.database import connect, migrate
@@ -99,7 +100,7 @@ def _tidy(order: dict[str, Any], settings: Settings) -> dict[str, Any]:
     from make_us_rich.registry.store import ModelStore
     from make_us_rich.runs.ledger import RunLedger
 
-    models = ModelStore(settings.store_url)
+    models = ModelStore.of(settings)
     removed = clean_runs(settings.runs, models)
     ledger_rows = RunLedger(connect(settings.db_url)).forget(system_clock() - pd.Timedelta("400D"))
     return {"folders": len(removed), "objects": len(models.clean(keep=100)), "rows": ledger_rows}
@@ -147,7 +148,7 @@ class Worker:
         except OSError:
             errors = subprocess.DEVNULL  # a full disk must not keep a worker from saying so
         self.process = start_with_parent(
-            serve_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            serve_worker, needs=WORK, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
         return self.process
 

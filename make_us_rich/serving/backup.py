@@ -53,7 +53,7 @@ def copy_tables(source: Engine, target: Engine) -> dict[str, int]:
 FORMAT = 1
 LISTING = "backup.json"
 DATABASE = "database.db"
-OWN_FILES = ("*.key", "*.yaml", "*.yml", "local-token")  # of the home itself
+OWN_FILES = ("*.key", "signing.trusted", "*.yaml", "*.yml", "local-token")  # of the home itself
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _contents(settings: Settings) -> Iterator[tuple[str, bytes]]:
 def recompute(settings: Settings, engine: Engine) -> dict[str, str]:
     "For each series on record: how many of its forecasts agree with the candles; `StoreError` lists those that do not."
     ledger, candles = Ledger(engine), CandleStore(settings.candles_dir)
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     told: dict[str, str] = {}
     for series in ledger.series():
         if candles.path(series).is_file():

@@ -25,7 +25,7 @@ from .parts import Parts, PublicPages
 from .fetching import Fetching
 from .choice import ModelChoice
 from .settling import Settling
-from .answering import Answer, Answering, abstain_instead
+from .answering import Answer, Answering, abstain_instead, trouble_text
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #37a80a4b
 class SeriesState:
@@ -65,8 +65,19 @@ class SeriesState:
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #d090ed49
 def look_for_model(parts: Parts, state: SeriesState) -> None:
-    "Follow the pointer of the model store, and tell the readers if another model serves."
-    swap = state.choice.look(parts, state.fetching)
+    "Follow the pointer of the model store, and tell the readers if another model serves. Raises nothing."
+    was_leaving = state.choice.is_leaving
+    try:
+        swap = state.choice.look(parts, state.fetching, state.lock)
+    except Exception as e:  # whatever lies in the store of this pair, the others are looked at too
+        swap = None
+        state.choice.trouble = (
+            f"the models of {state.series.name} could not be looked at: {trouble_text(state.series, e)}"
+        )
+        log.warning("%s", state.choice.trouble, exc_info=not isinstance(e, MakeUsRichError))
+    state.choice.is_leaving = False
+    if was_leaving:
+        state.answering.renew()
     if swap is None:
         return
     if swap.withdrawn or not state.answering.is_ok:
@@ -77,11 +88,10 @@ def look_for_model(parts: Parts, state: SeriesState) -> None:
 
 
 def break_circuit(parts: Parts, state: SeriesState) -> None:
-    "Take a champion out of service whose live record is bad."
+    "Take a champion out of service whose live record is bad; who looks for models finds what takes its place."
     if demoted := state.choice.check_record(parts):
         state.tell(parts, "demoted", asdict(demoted))
-        look_for_model(parts, state)
-        state.answering.renew()
+        state.choice.is_leaving = True
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #8d4c60b9
 def compute_forecast(parts: Parts, state: SeriesState, frame: pd.DataFrame, hour: pd.Timestamp) -> Forecast:
@@ -160,6 +170,8 @@ def turn(parts: Parts, state: SeriesState) -> None:
     "Settle, then answer the running hour if it has no answer yet."
     frame = state.fetching.closed_candles(parts)
     settle_and_judge(parts, state, frame)
+    if state.choice.is_leaving:
+        return  # another model answers this hour, and it has to be tried first
     now, step = parts.now, state.series.interval
     hour = step.floor(now)
     has_arrived = len(frame) > 0 and frame["timestamp"].iloc[-1] + step.delta == hour

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_parts', 'find_series', 'series_status', 'Tables', 'Polling', 'AllRecords', 'Troubles', 'set_clock',
-           'ReadyAnswers', 'Service', 'trouble', 'service_status', 'start_over', 'new_states', 'run_tick']
+           'ReadyAnswers', 'Service', 'trouble', 'service_status', 'start_over', 'heed_clock', 'new_states',
+           'look_turn', 'look_forever', 'answer_turn', 'do_all']
 
 # %% ../../nbs/06_serving/10_service.ipynb #2fb8f109
 import re
@@ -60,12 +61,12 @@ def make_parts(
         client, RatePause(settings.home / f"pause-{host}.json", clock or system_clock), clock or RunningClock()
     )
     is_remote = not settings.store_url.startswith(("file:", "memory:"))
-    last_good = ModelStore((settings.home / "last_good").absolute().as_uri()) if is_remote else None
+    last_good = ModelStore.of(settings, url=(settings.home / "last_good").absolute().as_uri()) if is_remote else None
     parts = Parts(
         market,
         CandleStore(settings.candles_dir),
         Ledger(engine, market.now),
-        ModelStore(settings.store_url, market.now),
+        ModelStore.of(settings, market.now),
         last_good=last_good,
         public=public,
     )
@@ -247,7 +248,8 @@ class Service(ReadyAnswers):
         super().__init__(self.parts.ledger)
         self.events, self.troubles = self.parts.events, Troubles()
         self.tables, self.polling = Tables(self.engine), Polling(self.settings.poll_seconds)
-        self._stop, self._turn = threading.Event(), threading.Lock()
+        self._stop = threading.Event()
+        self.turning, self.looking = threading.Lock(), threading.Lock()  # one version is tried at a time
 
     def start(self) -> "Service":
         "Set the clock, the tables, the champions, and make the first forecasts; trouble does not stop it."
@@ -262,21 +264,23 @@ class Service(ReadyAnswers):
         return sum(state.choice.model is not None for state in self.states.values())
 
     def tick(self) -> None:
-        "Do what is due."
-        with self._turn:
-            self.states = self.states | new_states(self)
-            run_tick(self)
+        "Do what is due: look for models, then answer; once more for a champion that was taken out of service."
+        do_all(self)
 
     def run_forever(self, pause: float = 0.5) -> None:
-        "Tick until `stop` is called."
+        "Answer until `stop` is called, and look for models beside it: no trial keeps an answer waiting."
+        if not self.states:
+            set_clock(self.parts.market)
+        threading.Thread(target=look_forever, args=(self, self._stop, pause), daemon=True, name="models").start()
         while not self._stop.wait(pause):
-            self.tick()
+            heed_clock(self)
+            answer_turn(self)
 
     def stop(self) -> None:
         "Let `run_forever` return, end what readers wait for, and close the database."
         self._stop.set()
         self.events.close()
-        with self._turn:
+        with self.turning:
             self.engine.dispose()
 
     def status(self) -> dict[str, Any]:
@@ -318,27 +322,54 @@ def start_over(service: Service) -> None:
         state.answering.start_over()
 
 
-def new_states(service: Service) -> dict[Series, SeriesState]:
-    "What is to be known about series that have got a model; trouble is kept, never raised."
+def heed_clock(service: Service) -> None:
+    "Look at everything again if the clock was set back, and prepare what could not be prepared at the start."
     if service.polling.was_set_back(service.parts.now):
         start_over(service)
     service.tables.prepare()
+
+
+def new_states(service: Service) -> list[SeriesState]:
+    "What is to be known about series that have got a model; trouble is kept, never raised."
     try:
-        return {series: SeriesState(series) for series in service.polling.new_series(service.parts, service.states)}
+        return [SeriesState(series) for series in service.polling.new_series(service.parts, service.states)]
     except Exception:  # a mistake of ours must not end the loop
         log.exception("the series could not be looked for")
-        return {}
+        return []
 
 
-def run_tick(service: Service) -> None:
-    "One turn of a service; trouble is kept, never raised."
-    parts, states = service.parts, list(service.states.values())
-    try:
-        if service.polling.is_due(parts.now):
-            for state in states:
-                look_for_model(parts, state)
-        for state in states:
-            refresh(parts, state)
-    except Exception:  # a mistake of ours must not end the loop
-        log.exception("a turn of the service failed")
-    service.troubles.tell(service.events, parts.now, trouble(service))
+def look_turn(service: Service) -> None:
+    "Look for series and for their models, one after the other; trouble is kept, never raised."
+    with service.looking:
+        for state in new_states(service):
+            look_for_model(service.parts, state)
+            service.states = service.states | {state.series: state}
+        is_due = service.polling.is_due(service.parts.now)
+        for state in list(service.states.values()):
+            if is_due or state.choice.is_leaving:
+                look_for_model(service.parts, state)
+
+
+def look_forever(service: Service, stop: threading.Event, pause: float) -> None:
+    "Look for models until it is told to stop."
+    while not stop.is_set():
+        look_turn(service)
+        stop.wait(pause)
+
+
+def answer_turn(service: Service) -> None:
+    "Bring the answers of all series up to date; trouble is kept, never raised."
+    with service.turning:
+        for state in list(service.states.values()):
+            refresh(service.parts, state)
+        service.troubles.tell(service.events, service.parts.now, trouble(service))
+
+
+def do_all(service: Service) -> None:
+    "See `Service.tick`."
+    heed_clock(service)
+    for _ in range(2):
+        look_turn(service)
+        answer_turn(service)
+        if not any(state.choice.is_leaving for state in service.states.values()):
+            return

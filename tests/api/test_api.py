@@ -25,7 +25,7 @@ from make_us_rich.api.examples import NOW, PASSWORD, a_forecast, add_people
 from make_us_rich.api.limits import STREAM
 from make_us_rich.api.stream import read_news
 from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.core.settings import SettingsError, utc_iso
+from make_us_rich.core.settings import SettingsError, get_settings, utc_iso
 from make_us_rich.market.candles import SAMPLE_LABEL
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.market.series import Series
@@ -672,7 +672,7 @@ def test_from_a_published_model_to_a_client(tmp_path, monkeypatch):
     frame = sample("BTC_USDT")
     closed, home = frame["timestamp"].iloc[3000] + pd.Timedelta("1h"), tmp_path / "home"
     with ReplayServer({"BTC_USDT": frame}, now=closed + pd.Timedelta("5s"), label=SAMPLE_LABEL) as exchange:
-        store = ModelStore((home / "models").as_uri(), exchange.clock.now)
+        store = ModelStore.of(get_settings(home=home), exchange.clock.now)
         first = publish(store, "BTC_USDT", closed - pd.Timedelta("3h"))
         with served(home, exchange_url=exchange.url, poll_seconds="0.3") as server:
             client = Client(server.url, (home / "local-token").read_text())

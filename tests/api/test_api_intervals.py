@@ -86,7 +86,7 @@ def test_a_home_with_nothing_but_a_model_of_four_hours(tmp_path):
     frame, home = sample("BTC_USDT"), tmp_path / "home"
     opening = frame["timestamp"].iloc[3000].floor("4h") + pd.Timedelta("5s")
     with ReplayServer({"BTC_USDT": frame}, now=opening, label=SAMPLE_LABEL) as exchange:
-        store = ModelStore((home / "models").as_uri(), exchange.clock.now)
+        store = ModelStore.of(get_settings(home=home), exchange.clock.now)
         publish(store, "BTC_USDT/4h", opening.floor("4h") - pd.Timedelta("8h"))
         settings = get_settings(home=home, exchange_url=exchange.url)
         engine = connect(settings.db_url)

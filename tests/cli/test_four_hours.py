@@ -73,7 +73,7 @@ def at_candle(exchange, service, number):
 
 
 def test_its_gate_judged_candles_of_four_hours(home, exchange):
-    store = ModelStore((home / "store" / "models").as_uri())
+    store = ModelStore.of(get_settings(home=home / "store"))
     assert [str(series) for series in store.series()] == [NAME]
     champion = store.load(NAME).manifest
     assert (champion.interval, champion.passed) == ("4h", True)
@@ -119,7 +119,7 @@ def test_the_commands_say_the_same(world, home, exchange):
 
 
 def test_a_rollback_is_followed_at_once(world, home, exchange):
-    store = ModelStore((home / "store" / "models").as_uri(), exchange.clock.now)
+    store = ModelStore.of(get_settings(home=home / "store"), exchange.clock.now)
     before = world.service.answer(NAME).forecast
     newer = publish_example(store, NAME, exchange.closed + STEP)
     exchange.clock.set(exchange.clock.now() + pd.Timedelta("1min"))

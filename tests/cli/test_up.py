@@ -50,7 +50,7 @@ def family(mark):
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("UP_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("MKRICH_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found[process.pid] = " ".join(process.cmdline())
     return found
 
@@ -67,7 +67,7 @@ class Up:
             "MUR_HOME": str(folder / "store"),
             "MUR_RUNS": str(folder / "runs"),
             "OMP_NUM_THREADS": "1",
-            "UP_MARK": self.mark,
+            "MKRICH_MARK": self.mark,
             "TMPDIR": str(self.temporary),
         }
         command = [MKRICH, "up", "--port", str(self.page), "--api-port", str(self.api), *options]
@@ -101,7 +101,7 @@ def demo(tmp_path):
     settings = get_settings(
         home=tmp_path / "store" / "up-demo", runs=tmp_path / "runs" / "up-demo", exchange_url="http://127.0.0.1:9"
     )
-    store, engine = ModelStore(settings.store_url), connect(settings.db_url)
+    store, engine = ModelStore.of(settings), connect(settings.db_url)
     migrate(engine)
     ledger = RunLedger(engine)
     for entry in read_plan(DEMO_PLAN).entries.values():
@@ -206,7 +206,7 @@ def test_sigterm_while_it_starts(tmp_path):
 def test_nobody_trains_without_an_exchange(tmp_path):
     "Live, no model yet, and no network: one sentence, and nothing is left running."
     env = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")} | {
-        "UP_MARK": (mark := secrets.token_hex(8))
+        "MKRICH_MARK": (mark := secrets.token_hex(8))
     }
     env |= {"MUR_HOME": str(tmp_path / "s"), "MUR_EXCHANGE_URL": "http://127.0.0.1:9"}
     command = [MKRICH, "up", "BTC_USDT", "--port", str(free_port()), "--api-port", str(free_port())]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from waiting import LONG, wait_for
 
 from make_us_rich.cli.main import app
-from make_us_rich.core.settings import CandleError, SettingsError, TrainingError
+from make_us_rich.core.settings import CandleError, SettingsError, TrainingError, get_settings
 from make_us_rich.evaluation import backtest as module
 from make_us_rich.evaluation.backtest import backtest, findings, sign_value, skill_table
 from make_us_rich.evaluation.backtest_plots import plot_pit
@@ -158,7 +158,7 @@ def test_leaktest_finds_a_scaling_by_the_whole_history():
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    models, candles = ModelStore(f"file://{home}/models"), CandleStore(home / "candles")
+    models, candles = ModelStore.of(get_settings(home=home)), CandleStore(home / "candles")
     with ReplayServer({PAIRS[0]: sample(PAIRS[0])}, label=SAMPLE_LABEL) as exchange:
         candles.update(BinanceClient(exchange.url), PAIRS[0], rows=4500)
     return models, candles

@@ -345,7 +345,7 @@ def reseal(folder: Path, **changes) -> None:
             "belongs to BTC_USDT 1h 20230101T020000Z-000000000000",
         ),
         ({"files": {"model.onnx": {"sha256": "0" * 64, "size": 1 << 40}}}, "less than or equal to 67108864"),
-        ({"files": {}}, "is sealed with"),
+        ({"files": {}}, "names no model"),
         ({"pair": "ETH_USDT"}, "belongs to ETH_USDT"),
         ({"pair": "../../../etc"}, ""),
         ({"schema_version": 2}, "input should be 1"),

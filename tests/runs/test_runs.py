@@ -28,7 +28,7 @@ from make_us_rich.runs.train import train
 
 BTC = Series.parse("BTC_USDT")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "small_run.ipynb"
-RECORD_PID = "Path(os.environ['TEST_PID_FILE']).write_text(str(os.getpid()))"
+RECORD_PID = "Path(home).with_name('pid').write_text(str(os.getpid()))"
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ def exchange():
 
 
 @pytest.fixture
-def settings(exchange, tmp_path, monkeypatch):
-    monkeypatch.setenv("TEST_PID_FILE", str(tmp_path / "pid"))
+def settings(exchange, tmp_path):
     return get_settings(
         home=tmp_path / "store", runs=tmp_path / "runs", exchange_url=exchange.url, history_days=10, deadline=LONG
     )
@@ -81,7 +80,7 @@ def kept(outcome):
 
 
 def versions(settings):
-    return [i for i in ModelStore(settings.store_url).versions("BTC_USDT") if not i.problem]
+    return [i for i in ModelStore.of(settings).versions("BTC_USDT") if not i.problem]
 
 
 def test_published_once_and_skipped_the_second_time(settings):  # F34
@@ -228,7 +227,7 @@ def test_two_starters_one_version(settings):  # F34
 @pytest.mark.usefixtures("warm")
 def test_killed_between_publishing_and_promoting_is_adopted(settings):  # F35
     outcome = start(settings, act_late="os.kill(os.getpid(), signal.SIGKILL)")
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     assert outcome.state == "failed" and store.champion("BTC_USDT") is None
     (left,) = versions(settings)
     again = start(settings)
@@ -243,7 +242,7 @@ def test_rollback_is_respected(settings, exchange):
     exchange.clock.advance("1h")
     try:
         second = start(settings)
-        store = ModelStore(settings.store_url)
+        store = ModelStore.of(settings)
         assert store.rollback("BTC_USDT") == first.version
         assert start(settings).version == second.version  # skipped, and the pointer stays where a person has put it
         assert store.champion("BTC_USDT").version == first.version
@@ -290,5 +289,5 @@ def test_the_recipe_is_handed_on_frozen(settings):
     act = "from make_us_rich.models.recipe import Recipe; assert Recipe.from_json(recipe).hash in run_id"
     outcome = start(settings, act, overrides={"hidden_size": 16})
     assert outcome.state == "published", outcome.reason
-    kept_recipe = ModelStore(settings.store_url).load(BTC, outcome.version).manifest.recipe
+    kept_recipe = ModelStore.of(settings).load(BTC, outcome.version).manifest.recipe
     assert kept_recipe == load_recipe("default", hidden_size=16).model_dump(mode="json")

@@ -34,6 +34,7 @@ from make_us_rich.schedule.plan import Plan, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "notebooks" / "small_run.ipynb"
+KEY = "what-all-hosts-of-this-fleet-share"
 PAIRS = ("BTC_USDT", "ETH_USDT")  # one for each host; every run of the engine costs many seconds of processor time
 LIST = "pretrain: false\npairs:\n" + "".join(
     f"- {{pair: {pair}, recipe: default, overrides: {{members: 1}}}}\n" for pair in PAIRS
@@ -205,6 +206,7 @@ def fleet(tmp_path, s3, database, postgresql):  # noqa: F811
             "MUR_EXCHANGE_URL": exchange.url,
             "MUR_DATABASE_URL": database,
             "MUR_MODELS_URL": (models := s3.new_store("models")),
+            "MUR_SIGNING_KEY": KEY,
         }
         ours |= {
             "MUR_CANDLES_URL": models.replace("/models", "/candles"),
@@ -317,7 +319,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         for name, value in fleet.environment.items():
             if name.startswith("AWS_"):
                 monkeypatch.setenv(name, value)
-        store = ModelStore(fleet.environment["MUR_MODELS_URL"])
+        store = ModelStore.of(get_settings(models_url=fleet.environment["MUR_MODELS_URL"], signing_key=KEY))
         for pair, row in rows.items():
             infos = store.versions(pair)
             whole = [i.version for i in infos if i.manifest and i.manifest.run_id == row.run_id]

@@ -135,7 +135,7 @@ def test_recorded_run_of_a_real_notebook_with_its_page(settings, ledger, exchang
 
     page = Path(keep_page(fine, settings).page)
     assert page.name == "train.html" and outside_requests(page.read_text()) == [] and "A small run" in page.read_text()
-    assert ModelStore(settings.store_url).page("BTC_USDT", fine.version) == page.read_bytes()
+    assert ModelStore.of(settings).page("BTC_USDT", fine.version) == page.read_bytes()
 
 
 @pytest.mark.usefixtures("warm")
@@ -167,7 +167,7 @@ def test_pooled_run_has_its_account_and_comes_first(settings, ledger, exchange):
     )
     row = ledger.find(pooled.run_id)
     assert (row.pair, row.recipe, row.state, row.version) == ("POOLED_ALL", "pooled", "published", pooled.version)
-    assert ModelStore(settings.store_url).champion("POOLED_ALL").version == row.version
+    assert ModelStore.of(settings).champion("POOLED_ALL").version == row.version
     assert said[0].startswith("GONE_USDT is not up to date for the pooled run: ") and said[1].startswith("cell 1 of")
     assert (settings.candles_dir / "BTC_USDT" / "1h.parquet").exists()
     plan = read_plan("- ETH_USDT")
@@ -195,7 +195,7 @@ def test_ledger_was_away_when_the_run_ended(settings, ledger, exchange, monkeypa
     again = recorded(settings, ledger, exchange)
     row = ledger.find(first.run_id)
     assert (row.state, row.version, again.state) == ("published", first.version, "skipped")
-    assert len(ModelStore(settings.store_url).versions("BTC_USDT")) == 1
+    assert len(ModelStore.of(settings).versions("BTC_USDT")) == 1
 
 
 def test_two_machines_one_run(database_url):  # noqa: F811
@@ -237,7 +237,7 @@ def test_a_real_notebook_of_four_hour_candles(settings, ledger):
         there = settings.model_copy(update={"exchange_url": slow.url, "home": settings.home / "four"})
         made = recorded(there, ledger, slow, four, history_days=20)
     assert (made.state, made.interval) == ("published", "4h"), made.reason
-    store = ModelStore(there.store_url)
+    store = ModelStore.of(there)
     assert store.champion(four).version == made.version and store.champion(BTC) is None
     assert Path(made.notebook).parent.name.endswith("-4h") and ledger.find(made.run_id).interval == "4h"
 
@@ -248,7 +248,7 @@ def test_a_rolled_back_version_does_not_come_back(settings, exchange, ledger):
     first = recorded(settings, ledger, exchange)
     exchange.clock.advance("1h")
     second = recorded(settings, ledger, exchange)
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     assert store.rollback(BTC) == first.version
     ledger.begin(read_run_id(second.run_id), settings.runs, again=["published"])  # as if its runner had died
     (Path(second.notebook).parent / "outcome.json").unlink()

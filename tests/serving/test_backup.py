@@ -33,7 +33,7 @@ def full(tmp_path):
     record_hours(engine, frame, rows, sharp_and_blind(frame, rows)["BTC_USDT"])
     add_people(engine, NOW)
     import_candles(CandleStore(settings.candles_dir), frame, "BTC_USDT", lambda: NOW)
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     for mark in range(2):
         publish(store, "BTC_USDT", NOW + mark * pd.Timedelta("1h"), mark=mark)
     yield settings, engine, frame
@@ -50,7 +50,7 @@ def rows_of(settings) -> dict[str, list[tuple]]:
 
 def same(one, other) -> None:
     assert rows_of(one) == rows_of(other)
-    stores = [ModelStore(each.store_url) for each in (one, other)]
+    stores = [ModelStore.of(each) for each in (one, other)]
     assert stores[0].champion("BTC_USDT") == stores[1].champion("BTC_USDT")
     assert stores[0].load("BTC_USDT").model == stores[1].load("BTC_USDT").model
     frames = [CandleStore(each.candles_dir).read("BTC_USDT") for each in (one, other)]

@@ -88,7 +88,7 @@ def test_the_graph_is_the_model():
 
 def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
     assert (first.state, first.exit_code) == ("refused", 4) and "champion's on the same" in first.reason
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     (only,) = store.versions("BTC_USDT")
     assert only.champion and only.manifest.recipe["name"] == "HAR-t" and only.manifest.run_id == f"{first.run_id}-har-t"
     failed = {check["name"] for check in only.manifest.verdict["checks"] if not check["passed"]}
@@ -106,7 +106,7 @@ def test_a_refused_network_leaves_har_t_serving(first, settings, exchange):
 
 def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, monkeypatch):
     monkeypatch.setattr("make_us_rich.serving.choice.try_model", lambda bundle: None)
-    store = ModelStore(settings.store_url)
+    store = ModelStore.of(settings)
     har = store.champion("BTC_USDT").version
     network = publish(store, "BTC_USDT", CLOSED)
     service = Service(settings, clock=exchange.clock.now, jitter=lambda: 1.0).start()
@@ -138,7 +138,7 @@ def test_the_breaker_of_bad_records_ends_in_har_t(first, settings, exchange, mon
 
 
 def test_a_week_old_fallback_is_fitted_anew(first, settings, exchange):
-    store, candles = ModelStore(settings.store_url), CandleStore(settings.candles_dir)
+    store, candles = ModelStore.of(settings), CandleStore(settings.candles_dir)
     exchange.clock.set(CLOSED + pd.Timedelta("8d5s"))
     try:
         parts = {"place": RunPlace(str(settings.home), exchange_url=exchange.url)}
@@ -193,8 +193,9 @@ def test_serving_it_needs_neither_torch_nor_scipy(first, settings):
     code = f"""
 import sys
 from make_us_rich.serving.forecasting import ModelLoader
+from make_us_rich.core.settings import get_settings
 from make_us_rich.registry.store import ModelStore
-ModelLoader(ModelStore({settings.store_url!r})).get("BTC_USDT")
+ModelLoader(ModelStore.of(get_settings(home={str(settings.home)!r}))).get("BTC_USDT")
 print([name for name in ("torch", "scipy.optimize") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -37,7 +37,7 @@ class World:
     def __init__(self, home, server):
         self.home, self.server = home, server
         self.closed = sample("BTC_USDT")["timestamp"].iloc[START] + HOUR
-        self.store = ModelStore((home / "models").as_uri(), server.clock.now)
+        self.store = ModelStore.of(get_settings(home=home), server.clock.now)
         self.services = []
         self.set(0)
 
@@ -366,7 +366,7 @@ def test_a_bad_live_record_takes_the_champion_back(world, trusting):
 
 def test_last_good_models_serve_while_the_store_is_down_at_the_start(world, trusting, monkeypatch):
     version = publish(world.store, "BTC_USDT", world.closed - HOUR)
-    local = ModelStore((world.home / "last_good").as_uri())
+    local = ModelStore.of(get_settings(home=world.home), url=(world.home / "last_good").as_uri())
     monkeypatch.setattr(module, "make_parts", with_last_good(module.make_parts, local))
     world.service()
     assert local.champion("BTC_USDT").version == version
@@ -404,7 +404,7 @@ def test_a_withdrawn_version_is_not_served_again(world, trusting):
             world.services = []
             world.service()
             world.service()
-        store = ModelStore((world.home / "models").as_uri(), world.server.clock.now)
+        store = ModelStore.of(get_settings(home=world.home), world.server.clock.now)
         assert store.adopt(pair, died) is None  # its runner starts again, and finds what it had published
         with pytest.raises(
             StoreError, match=rf"{bad} of {pair} was withdrawn .* mkrich rollback {pair} --to {bad}"
@@ -453,7 +453,7 @@ def test_a_home_with_only_longer_candles(tmp_path, trusting, interval):
     with ReplayServer(
         {"BTC_USDT": frame}, interval=interval, now=closed + pd.Timedelta("5s"), label=SAMPLE_LABEL
     ) as server:
-        store = ModelStore((tmp_path / "models").as_uri(), server.clock.now)
+        store = ModelStore.of(get_settings(home=tmp_path), server.clock.now)
         version = publish(store, name, closed - step)
         settings = get_settings(home=tmp_path, exchange_url=server.url, poll_seconds=5)
         service = Service(settings, clock=server.clock.now, jitter=lambda: 1.0).start()
