@@ -227,7 +227,7 @@ def main() -> None:
         ),
         "",
         f"- GET of a forecast / empty route: throughput **{ratio['rate']:.2f}**, by CPU **{ratio['cpu']:.2f}** (wanted: >= 0.7).",
-        f"- Token and quota add {middle['token']['cpu'] - middle['open']['cpu']:.0f} us of CPU to a call (SQLite, one exact statement).",
+        f"- Token and quota add {middle['token']['cpu'] - middle['open']['cpu']:.0f} us of CPU to a call (SQLite, calls taken in advance).",
         f"- With nobody asking, the service's own thread takes {idle['open'] * 100:.1f} % of one core.",
         f"- {done.get('swaps')} models swapped in, {done.get('bad refused')} bad ones refused, while 4 connections ask with 20 ms pauses:",
         f"  median p99 {p99:.1f} ms during, {still['p99']:.1f} ms before, ratio **{p99 / still['p99']:.2f}** (wanted: <= 1.5);",
