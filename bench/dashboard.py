@@ -21,7 +21,7 @@ import psutil
 from make_us_rich.core.kernels import KERNEL_NAME
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "kits"))
 DRAWN = ".mur-chart[data-drawn] .boxlayer path"
 
 

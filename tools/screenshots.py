@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "kits"))
 
 from dash_kit import make_stage, page_server  # noqa: E402
 from playwright.sync_api import Page, sync_playwright  # noqa: E402

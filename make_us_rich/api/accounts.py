@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAME', 'ROLES', 'HASHER', 'SHORTEST_PASSWORD', 'LONGEST_PASSWORD', 'MOST_CALLS', 'NOT_KNOWN', 'NO_TOKEN', 'USE_STEP',
-           'WHOSE', 'MOST_PAGES', 'COUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled',
-           'set_password', 'verify_password', 'create_token', 'find_token', 'list_tokens', 'revoke_token', 'page_token',
-           'open_page', 'close_page', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'Limiter',
+           'WHOSE', 'COUNT', 'UNCOUNT', 'audit', 'add_user', 'get_user', 'list_users', 'set_disabled', 'set_password',
+           'verify_password', 'token_hash', 'create_token', 'Person', 'find_token', 'list_tokens', 'revoke_token',
+           'month_of', 'count_call', 'uncount_call', 'Allowance', 'call_limit', 'usage', 'renewal', 'Limiter',
            'network_of']
 
 # %% ../../nbs/07_api/03_accounts.ipynb #b29e8ffd
-import base64
 import hashlib
 import ipaddress
 import math
@@ -21,12 +20,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import pandas as pd
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from sqlalchemy import bindparam, select, text, update
+from sqlalchemy import bindparam, select, text
 from sqlalchemy.orm import Session
 
 from ..core.secrets import scrub
@@ -52,9 +51,8 @@ def _check_name(name: str, what: str) -> str:
         rule = f"the name of a {what} is 1 to 64 letters (a-z, A-Z), digits, dots, underscores or hyphens"
         raise SettingsError(f"{rule}, not {_quoted(name)}; choose another one", "bad_name")
     if name.lower().startswith("mur_") or scrub(name) != name:
-        raise SettingsError(
-            f"the name of a {what} does not begin with mur_, as tokens do; choose another one", "bad_name"
-        )
+        rule = f"the name of a {what} does not begin with mur_, as tokens do"
+        raise SettingsError(f"{rule}; choose another one", "bad_name")
     return name
 
 
@@ -173,8 +171,8 @@ def verify_password(session: Session, name: str, password: str) -> User:
     return user
 
 # %% ../../nbs/07_api/03_accounts.ipynb #a4acfec7
-def _hash(raw: str) -> str:
-    "What the database keeps of a token."
+def token_hash(raw: str) -> str:
+    "What the database and the memory keep of a token."
     return hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()
 
 
@@ -198,7 +196,7 @@ def create_token(
         user_id=user.id,
         name=_check_name(name, "token"),
         prefix=raw[:12],
-        sha256=_hash(raw),
+        sha256=token_hash(raw),
         created_at=now,
         expires_at=expires,
     )
@@ -214,12 +212,23 @@ NO_TOKEN = "this token is not valid; make a new one with: mkrich tokens create, 
 USE_STEP = pd.Timedelta("1h")
 
 
+@dataclass(frozen=True)
+class Person:
+    "Who a token belongs to, and until when; `monthly_calls` None means the usual number."
+
+    id: int
+    name: str
+    role: str
+    monthly_calls: int | None = None
+    until: pd.Timestamp | None = None
+
+
 WHOSE = select(User, Token).join(Token, Token.user_id == User.id).where(Token.sha256 == bindparam("sha256"))
 
 
-def find_token(session: Session, raw: str, now: pd.Timestamp) -> User:
-    "The user of a token; `AuthError` with the same words if it is unknown, revoked, expired, or of a disabled user."
-    found = session.execute(WHOSE, {"sha256": _hash(raw)}).one_or_none()
+def find_token(session: Session, raw: str, now: pd.Timestamp) -> Person:
+    "The person of a token; `AuthError` with the same words if it is unknown, revoked, expired, or of a disabled user."
+    found = session.execute(WHOSE, {"sha256": token_hash(raw)}).one_or_none()
     if found is None:
         raise AuthError(NO_TOKEN)
     user, token = found
@@ -227,7 +236,7 @@ def find_token(session: Session, raw: str, now: pd.Timestamp) -> User:
         raise AuthError(NO_TOKEN)
     if token.last_used_at is None or now - token.last_used_at >= USE_STEP:
         token.last_used_at = now
-    return user
+    return Person(user.id, user.name, user.role, user.monthly_calls, token.expires_at)
 
 # %% ../../nbs/07_api/03_accounts.ipynb #4b85f0dd
 def list_tokens(session: Session, owner: User | None = None) -> list[Token]:
@@ -253,61 +262,41 @@ def revoke_token(
         )
     return token
 
-# %% ../../nbs/07_api/03_accounts.ipynb #ef2b2d9b
-MOST_PAGES = 10
-
-
-def page_token(cookie: str) -> str:
-    "The token of the session that a cookie stands for."
-    digest = hashlib.sha256(b"page session " + cookie.encode("utf-8", "replace")).digest()
-    return "mur_page_" + base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-
-def open_page(session: Session, user: User, now: pd.Timestamp, days: int) -> str:
-    "The cookie of a new session of the page."
-    cookie = "mur_cookie_" + secrets.token_urlsafe(32)
-    expires = now + pd.Timedelta(days=days)
-    create_token(session, user, "page", now, expires=expires, actor=user.name, raw=page_token(cookie))
-    pages = [t for t in list_tokens(session, user) if t.prefix.startswith("mur_page_") and t.revoked_at is None]
-    for old in pages[:-MOST_PAGES]:
-        revoke_token(session, old.id, now, owner=user, actor=user.name)
-    return cookie
-
-
-def close_page(session: Session, cookie: str, now: pd.Timestamp) -> bool:
-    "End the session of a cookie; False if there is none."
-    found = session.execute(WHOSE, {"sha256": _hash(page_token(cookie))}).one_or_none()
-    if found is None:
-        return False
-    user, token = found
-    revoke_token(session, token.id, now, owner=user, actor=user.name)
-    return True
-
 # %% ../../nbs/07_api/03_accounts.ipynb #a18e3e83
 COUNT = text(
-    "INSERT INTO usage (user_id, month, used) VALUES (:user, :month, 1) "
-    "ON CONFLICT (user_id, month) DO UPDATE SET used = usage.used + 1 WHERE usage.used < :limit RETURNING used"
+    "INSERT INTO usage (user_id, month, used) VALUES (:user, :month, :calls) "
+    "ON CONFLICT (user_id, month) DO UPDATE SET used = usage.used + :calls WHERE usage.used <= :most RETURNING used"
 )
 
 
-def _month(now: pd.Timestamp) -> str:
+@lru_cache(64)
+def _month_of_hour(hour: int) -> str:
+    "The month of an hour since 1970; all months of UTC begin with an hour."
+    return pd.Timestamp(hour, unit="h").strftime("%Y-%m")
+
+
+def month_of(now: pd.Timestamp) -> str:
     "The month of a moment in UTC, as the count names it."
-    return now.tz_convert("UTC").strftime("%Y-%m")
+    return _month_of_hour(now.value // 3_600_000_000_000)
 
 
-def count_call(session: Session, user_id: int, limit: int, now: pd.Timestamp) -> int | None:
-    "Count one call in the month of `now`: the calls used so far, or None (and nothing counted) at the limit."
-    if limit <= 0:
+def count_call(session: Session, user_id: int, limit: int, now: pd.Timestamp, calls: int = 1) -> int | None:
+    "Count calls in the month of `now`: how many are used by then, or None (and nothing counted) beyond the limit."
+    if limit < calls:
         return None
-    return session.scalar(COUNT, {"user": user_id, "month": _month(now), "limit": limit})
+    facts = {"user": user_id, "month": month_of(now), "calls": calls, "most": limit - calls}
+    return session.scalar(COUNT, facts)
 
 # %% ../../nbs/07_api/03_accounts.ipynb #d06dcf80
-def uncount_call(session: Session, user_id: int, now: pd.Timestamp) -> None:
-    "Give back a call that `count_call` counted at the same `now`; never below 0, never in another month."
-    one = (Usage.user_id == user_id, Usage.month == _month(now), Usage.used > 0)
-    session.execute(
-        update(Usage).where(*one).values(used=Usage.used - 1), execution_options={"synchronize_session": False}
-    )
+UNCOUNT = text(
+    "UPDATE usage SET used = CASE WHEN used > :calls THEN used - :calls ELSE 0 END "
+    "WHERE user_id = :user AND month = :month"
+)
+
+
+def uncount_call(session: Session, user_id: int, now: pd.Timestamp, calls: int = 1) -> None:
+    "Give back what `count_call` counted at the same `now`; never below 0, never in another month."
+    session.execute(UNCOUNT, {"user": user_id, "month": month_of(now), "calls": calls})
 
 # %% ../../nbs/07_api/03_accounts.ipynb #74dbc2a4
 @dataclass(frozen=True)
@@ -325,17 +314,21 @@ class Allowance:
         return max(0, self.limit - self.used)
 
 
-def call_limit(user: User, default: int) -> int:
+def call_limit(user: User | Person, default: int) -> int:
     "How many calls a month this user has."
     return default if user.monthly_calls is None else user.monthly_calls
 
 
-def usage(session: Session, user: User, default: int, now: pd.Timestamp) -> Allowance:
+def usage(session: Session, user: User | Person, default: int, now: pd.Timestamp) -> Allowance:
     "The user's calls in the month of `now`, and when the next month begins."
-    used = session.scalar(select(Usage.used).where(Usage.user_id == user.id, Usage.month == _month(now)))
+    used = session.scalar(select(Usage.used).where(Usage.user_id == user.id, Usage.month == month_of(now)))
+    return Allowance(month_of(now), used or 0, call_limit(user, default), renewal(now))
+
+
+def renewal(now: pd.Timestamp) -> pd.Timestamp:
+    "When the next month begins."
     utc = now.tz_convert("UTC")
-    following = pd.Timestamp(year=utc.year + utc.month // 12, month=utc.month % 12 + 1, day=1, tz="UTC")
-    return Allowance(_month(now), used or 0, call_limit(user, default), following)
+    return pd.Timestamp(year=utc.year + utc.month // 12, month=utc.month % 12 + 1, day=1, tz="UTC")
 
 # %% ../../nbs/07_api/03_accounts.ipynb #d1664955
 class Limiter:
@@ -379,6 +372,7 @@ class Limiter:
         return 0 if len(tries) < self.times else max(1, math.ceil(tries[0] + self.seconds - now))
 
 
+@lru_cache(4096)
 def network_of(address: str) -> str:
     "An IPv4 address itself, the /64 network of an IPv6 address, any other text as it is."
     try:

@@ -36,6 +36,7 @@ from ..core.database import connect, migrate, session
 from ..serving.service import Service
 from . import forecasts, models, pages, people, runs, status, stream
 from .logs import configure_logging
+from .access import keep_tidy
 from .accounts import add_user, create_token, list_tokens, list_users
 from .routing import Api, build_app, series_named
 
@@ -48,12 +49,15 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     service.events.open()  # the same application may have been stopped before
     _first_at_signals(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(service.events.close))
     measuring = asyncio.create_task(_measure(api))
+    tidying = asyncio.create_task(keep_tidy(api.authenticator.leases))
     threading.Thread(target=_work, args=(service,), name="service", daemon=True).start()
     try:
         yield
     finally:
         service.events.close()
         await measuring
+        tidying.cancel()
+        await asyncio.to_thread(api.authenticator.leases.give_back)
         await _end(service)
 
 

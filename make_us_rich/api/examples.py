@@ -143,6 +143,7 @@ class ExampleApi:
 
     def limit_calls(self, name: str, monthly_calls: int) -> None:
         "Give somebody so many calls a month, none of them used."
+        self.api.authenticator.leases.give_back()
         with session(self.engine) as s:
             user = get_user(s, name)
             user.monthly_calls = monthly_calls

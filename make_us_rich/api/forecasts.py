@@ -270,10 +270,10 @@ def _past(row: ForecastRow) -> dict[str, Any]:
 def _history(
     request: Request, pair: PairText, limit: Annotated[int, Query(ge=1, le=720)] = 50, interval: IntervalText = None
 ) -> Response:
-    "No forecast is left out. Not counted as a call."
+    "Those whose candle has come, none left out: what is still to come is a forecast. Not counted as a call."
     api = api_of(request)
     state = state_of(api, pair, interval)
-    series, rows = state.series, api.service.ledger.rows(state.series, limit)
+    series, rows = state.series, api.service.ledger.rows(state.series, limit, is_settled=True)
     return json_answer(
         {"pair": str(series.pair), "interval": str(series.interval), "rows": [_past(row) for row in rows]}
     )

@@ -19,7 +19,8 @@ from starlette.concurrency import run_in_threadpool
 from ..core.settings import AuthError
 from ..core.database import session
 from .refusals import Refusal
-from .accounts import close_page, find_token, open_page, page_token, verify_password
+from .accounts import find_token, verify_password
+from .page_sessions import close_page, open_page, page_token
 from .access import bearer_token
 from .routing import CHECK, COOKIE, Api, address_of, api_of, allow, router, shown_token
 from .status import Health

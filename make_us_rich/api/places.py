@@ -7,7 +7,6 @@ __all__ = ['SLOW_BODY', 'Place', 'Places', 'Bodies']
 
 # %% ../../nbs/07_api/04a_places.ipynb #f3232d19
 import asyncio
-from collections import Counter
 from dataclasses import dataclass
 
 from starlette.types import Message, Receive
@@ -30,18 +29,18 @@ class Place:
         caller = f"caller {name}"
         if self.places.is_enough(caller):
             raise self.places.refusal(f"{self.places.held[caller]} {self.places.what} of {name}")
-        self.places.held.subtract(self.holders)
+        self.places.let_go(self.holders)
         self.holders = (caller,) if is_loopback(self.address) else (self.address, caller)
-        self.places.held.update(self.holders)
+        self.places.hold(self.holders)
 
     def give_back(self) -> None:
         "It is free again; once is enough."
         if not self.is_over:
             self.is_over = True
             self.places.total -= 1
-            self.places.held = +(self.places.held - Counter(self.holders))
+            self.places.let_go(self.holders)
 
-
+# %% ../../nbs/07_api/04a_places.ipynb #4d6b8ab4
 class Places:
     "`most` places; who has a share of them gets no more, unless fewer than `roomy` are taken."
 
@@ -50,11 +49,22 @@ class Places:
         self.roomy, self.wait = roomy, wait
         self.share = max(4, most // 4)
         self.total = 0
-        self.held: Counter[str] = Counter()
+        self.held: dict[str, int] = {}
+
+    def hold(self, holders: tuple[str, ...]) -> None:
+        "Note one place more for each."
+        for holder in holders:
+            self.held[holder] = self.held.get(holder, 0) + 1
+
+    def let_go(self, holders: tuple[str, ...]) -> None:
+        "Note one place less for each; who has none is forgotten."
+        for holder in holders:
+            if left := self.held.pop(holder) - 1:
+                self.held[holder] = left
 
     def is_enough(self, holder: str) -> bool:
         "Whether somebody has what they may have."
-        return self.total > self.roomy and self.held[holder] >= self.share
+        return self.total > self.roomy and self.held.get(holder, 0) >= self.share
 
     def refusal(self, which: str) -> Refusal:
         "What is told to who gets no place."
@@ -71,7 +81,7 @@ class Places:
             if self.is_enough(holder):
                 raise self.refusal(f"{self.held[holder]} {self.what} of yours")
         self.total += 1
-        self.held.update(holders)
+        self.hold(holders)
         return Place(self, address, holders)
 
 # %% ../../nbs/07_api/04a_places.ipynb #ba1afb0c

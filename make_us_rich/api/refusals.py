@@ -79,6 +79,12 @@ NEUTRAL = {
     "database_conflict": Refusal(
         409, "conflict", "somebody changed the same thing at the same time; look at it and try again"
     ),
+    "database_busy": Refusal(
+        503,
+        "database_busy",
+        "the database of this service is busy just now and nothing was counted; try again in a few seconds",
+        {"Retry-After": "5"},
+    ),
     "database": Refusal(
         503,
         "database",
@@ -111,7 +117,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, MakeUsRichError) and error.reason in CALLERS_FAULT:
         return Refusal(CALLERS_FAULT[error.reason], error.reason, str(error))
     if isinstance(error, StoreError) and error.reason.startswith("database_"):
-        return NEUTRAL.get(error.reason, NEUTRAL["database"])
+        reason = "database_busy" if error.reason == "database_locked" else error.reason
+        return NEUTRAL.get(reason, NEUTRAL["database"])
     return NEUTRAL["store" if isinstance(error, MakeUsRichError) else "internal"]
 
 

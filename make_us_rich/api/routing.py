@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -24,19 +24,18 @@ from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BeforeValidator
 from sqlalchemy import Engine
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..core.hosts import OwnHosts, is_loopback
-from ..core.settings import Clock, Settings, SettingsError, StoreError, Ticks, log, system_clock
+from ..core.settings import Clock, Settings, SettingsError, Ticks, log, system_clock
 from ..market.series import MINUTES, Pair, Series
 from ..serving.answering import Answer
 from ..serving.refresh import SeriesState
 from ..serving.service import Service
 from .refusals import Problem, Refusal, refusal_of
 from .logs import REQUEST_ID, Metrics
-from .accounts import page_token
-from .access import ACCESS, Access, Authenticator, Caller
+from .page_sessions import page_token
+from .access import ACCESS, Access, Authenticator, Caller, brake
 from .places import Places
 from .log_ins import LogIns
 from .limits import RequestLimits
@@ -67,7 +66,7 @@ class GuardedRoute(APIRoute):
             self._refuse_unknown(request)
             response = await inner(request)
             if response.status_code >= 500:
-                await _refund(request)
+                _refund(request)
             return response
 
         return self._in_words(guarded)
@@ -92,8 +91,11 @@ class GuardedRoute(APIRoute):
                 if refusal.status >= 500 and refusal is not e:
                     log.error("%s: %s", type(e).__name__, e, exc_info=e if refusal.status == 500 else None)
                 if refusal.status >= 500:
-                    await _refund(request)
+                    _refund(request)
                 return refusal.response(REQUEST_ID.get())
+            except BaseException:  # it was cancelled: nobody got an answer
+                _refund(request)
+                raise
 
         return answered
 
@@ -110,20 +112,19 @@ def shown_token(request: Request) -> str | None:
 async def _admit(request: Request, access: str) -> None:
     "Let the caller in, or raise a `Refusal`; whoever it is stands in the scope afterwards."
     target = f"{request.method} {request.scope['route'].path}"
-    caller = await run_in_threadpool(
-        api_of(request).authenticator.admit, shown_token(request), address_of(request), access, target
-    )
+    authenticator = api_of(request).authenticator
+    caller = await authenticator.enter(shown_token(request), address_of(request), access, target)
     request.scope["caller"] = caller
+    if access != "counted" and request.scope["path"] != CHECK:  # the front door asks that for every picture of the page
+        brake(authenticator.brakes, caller)
 
 
-async def _refund(request: Request) -> None:
-    "Give a counted call back; that this fails must not hide what failed before."
+def _refund(request: Request) -> None:
+    "Give a counted call back, once."
     caller: Caller | None = request.scope.get("caller")
-    if caller is not None and caller.counted_at is not None:
-        try:
-            await run_in_threadpool(api_of(request).authenticator.refund, caller)
-        except StoreError as e:
-            log.warning("a call of %s could not be given back: %s", caller.name, e)
+    if caller is not None:
+        request.scope["caller"] = replace(caller, counted_at=None)
+        api_of(request).authenticator.refund(caller)
 
 
 def address_of(request: Request) -> str:

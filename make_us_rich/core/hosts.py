@@ -9,11 +9,13 @@ __all__ = ['HOST_FORM', 'is_loopback', 'OwnHosts']
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 # %% ../../nbs/01_core/11_hosts.ipynb #20c6471a
 HOST_FORM = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_.-]{1,253}?)\.?(:[0-9]{1,5})?", re.I)
 
 
+@lru_cache(1024)
 def is_loopback(host: str) -> bool:
     "Whether an address can be reached from this machine only."
     try:
@@ -40,9 +42,15 @@ class OwnHosts:
 
     def has(self, header: str) -> bool:
         "Whether a `Host` header, with or without a port, is one of them."
-        if not (found := HOST_FORM.fullmatch(header)):
-            return False
-        name = found[1].strip("[]").lower()
-        if name in {self.bound.lower(), *self.named.lower().replace(",", " ").split()} or is_loopback(name):
-            return True
-        return _is_number(name) and not is_loopback(self.bound)
+        return len(header) < 300 and _has(self, header)
+
+
+@lru_cache(1024)
+def _has(hosts: OwnHosts, header: str) -> bool:
+    "The same, worked out once: nearly all requests name the same host."
+    if not (found := HOST_FORM.fullmatch(header)):
+        return False
+    name = found[1].strip("[]").lower()
+    if name in {hosts.bound.lower(), *hosts.named.lower().replace(",", " ").split()} or is_loopback(name):
+        return True
+    return _is_number(name) and not is_loopback(hosts.bound)

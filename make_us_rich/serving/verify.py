@@ -162,9 +162,11 @@ class Ledger:
                 Series.parse(*row) for row in s.execute(select(ForecastRow.pair, ForecastRow.interval).distinct())
             )
 
-    def rows(self, series: str | Series, limit: int = 168) -> list[ForecastRow]:
-        "The newest rows, newest first."
+    def rows(self, series: str | Series, limit: int = 168, is_settled: bool = False) -> list[ForecastRow]:
+        "The newest rows, newest first; with `is_settled` only those whose candle has come."
         query = select(ForecastRow).where(*rows_of(series))
+        if is_settled:
+            query = query.where(ForecastRow.settled_at.is_not(None))
         with session(self.engine) as s:
             return list(s.scalars(query.order_by(ForecastRow.target_open.desc(), ForecastRow.id.desc()).limit(limit)))
 

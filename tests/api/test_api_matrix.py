@@ -65,7 +65,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MUR_HOSTS", "testserver")  # as Schemathesis calls it
         world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=200)
-    world.api.authenticator.guesses = Limiter(times=10**6)
+    world.api.authenticator.guesses = world.api.authenticator.brakes = Limiter(times=10**6)
     world.app.state.api.logins = LogIns(times=10**6)
     world.app.state.api.longest = 0.0  # a stream says hello and ends
     yield world

@@ -15,9 +15,10 @@ from dash_kit import Stage, make_stage, page_server
 from servers import free_port
 from waiting import LONG, until, wait_for
 
-from make_us_rich.api.accounts import get_user, list_tokens, page_token
+from make_us_rich.api.accounts import get_user, list_tokens
 from make_us_rich.api.examples import PASSWORD
 from make_us_rich.api.log_ins import LogIns
+from make_us_rich.api.page_sessions import page_token
 from make_us_rich.core.database import session
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx" / "make-us-rich.conf"

@@ -33,7 +33,7 @@ BODIES = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("matrix") / "home", candles=50)
-    world.api.authenticator.guesses = Limiter(times=10**6)
+    world.api.authenticator.guesses = world.api.authenticator.brakes = Limiter(times=10**6)
     world.api.logins = LogIns(times=10**6)
     world.api.longest = 0.0  # a stream says hello and ends
     for name in ("ana", "bob"):
