@@ -213,6 +213,16 @@ class ModelChoice:
         with lock:
             return self._follow(parts, found)
 
+    def leave(self) -> None:
+        "The record of what serves turned bad: the next look has to find what takes its place."
+        self.is_leaving = True
+
+    def end_look(self, trouble: str = "") -> bool:
+        "A look is over, with trouble that nobody has thought of, or without; whether what served had to leave."
+        had_to, self.is_leaving = self.is_leaving, False
+        self.trouble = trouble or self.trouble
+        return had_to
+
     def _follow(self, parts: Parts, found: Found) -> Swap | None:
         "Let what was found serve, unless another hand was faster."
         if found.before is not self.model or goes_back(self.series, self.pointer, found.pointer):

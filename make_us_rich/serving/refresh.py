@@ -66,17 +66,14 @@ class SeriesState:
 # %% ../../nbs/06_serving/09_refresh.ipynb #d090ed49
 def look_for_model(parts: Parts, state: SeriesState) -> None:
     "Follow the pointer of the model store, and tell the readers if another model serves. Raises nothing."
-    was_leaving = state.choice.is_leaving
+    problem = ""
     try:
         swap = state.choice.look(parts, state.fetching, state.lock)
     except Exception as e:  # whatever lies in the store of this pair, the others are looked at too
         swap = None
-        state.choice.trouble = (
-            f"the models of {state.series.name} could not be looked at: {trouble_text(state.series, e)}"
-        )
-        log.warning("%s", state.choice.trouble, exc_info=not isinstance(e, MakeUsRichError))
-    state.choice.is_leaving = False
-    if was_leaving:
+        problem = f"the models of {state.series.name} could not be looked at: {trouble_text(state.series, e)}"
+        log.warning("%s", problem, exc_info=not isinstance(e, MakeUsRichError))
+    if state.choice.end_look(problem):
         state.answering.renew()
     if swap is None:
         return
@@ -91,7 +88,7 @@ def break_circuit(parts: Parts, state: SeriesState) -> None:
     "Take a champion out of service whose live record is bad; who looks for models finds what takes its place."
     if demoted := state.choice.check_record(parts):
         state.tell(parts, "demoted", asdict(demoted))
-        state.choice.is_leaving = True
+        state.choice.leave()
 
 # %% ../../nbs/06_serving/09_refresh.ipynb #8d4c60b9
 def compute_forecast(parts: Parts, state: SeriesState, frame: pd.DataFrame, hour: pd.Timestamp) -> Forecast:

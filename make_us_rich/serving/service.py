@@ -211,6 +211,10 @@ class ReadyAnswers:
         self.ledger, self.records = ledger, AllRecords()
         self.states: dict[Series, SeriesState] = {}
 
+    def add(self, state: SeriesState) -> None:
+        "One more series is served."
+        self.states = self.states | {state.series: state}
+
     def answer(self, series: str | Series) -> Answer:
         "The ready answer; `ForecastUnavailable` for a series that is not served."
         series = Series.parse(series)
@@ -343,7 +347,7 @@ def look_turn(service: Service) -> None:
     with service.looking:
         for state in new_states(service):
             look_for_model(service.parts, state)
-            service.states = service.states | {state.series: state}
+            service.add(state)
         is_due = service.polling.is_due(service.parts.now)
         for state in list(service.states.values()):
             if is_due or state.choice.is_leaving:

@@ -12,10 +12,13 @@ from urllib.parse import quote
 import psutil
 import pytest
 from servers import free_port
+from typer.testing import CliRunner
 from waiting import LONG
 
+from make_us_rich.cli.look import read_token
+from make_us_rich.cli.main import app
 from make_us_rich.core.secrets import WORK, environment_for
-from make_us_rich.core.settings import get_settings
+from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.market.candles import fake_candles
 from make_us_rich.market.replay import ReplayServer
 from make_us_rich.registry import served_model
@@ -70,7 +73,7 @@ RUNNER = """
 import os, sys
 from pathlib import Path
 from make_us_rich.core.database import connect, migrate
-from make_us_rich.core.settings import get_settings
+from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.market.series import Series
 from make_us_rich.models.recipe import load_recipe
 from make_us_rich.runs.evidence import keep_page
@@ -169,7 +172,7 @@ def test_a_worker_has_no_secret_but_those_of_a_training(exchange, tmp_path, monk
 def test_the_page_server_and_its_fork_server_have_no_secret(exchange, tmp_path):
     program = f"""
 import psutil
-from make_us_rich.core.settings import get_settings
+from make_us_rich.core.settings import SettingsError, get_settings
 from make_us_rich.dashboard.server import PageOptions, start_dashboard
 running = start_dashboard(get_settings(), PageOptions(api_url="http://127.0.0.1:9", port={free_port()}, token="canary-of-page"))
 try:
@@ -193,3 +196,18 @@ def test_a_trial_has_no_secret(exchange, tmp_path, monkeypatch):
     monkeypatch.setattr(served_model.subprocess, "run", lambda *a, **k: asked.append(k["env"]) or really(*a, **k))
     served_model.try_model(store.load("BTC_USDT", version))
     assert asked and "canary" not in str(asked) and not set(NAMES) & set(asked[0])
+
+
+def test_no_token_and_no_password_stands_on_a_command_line(tmp_path):
+    "Refused before anything is asked, in a sentence that does not repeat it; a file and the variable will do."
+    for words in (
+        ("forecast", "--api", "http://127.0.0.1:9", "--token", "canary-of-token"),
+        ("fleet", "server", "--database", "postgresql+asyncpg://me:canary@127.0.0.1/x"),
+    ):
+        refused = CliRunner().invoke(app, words)
+        assert isinstance(refused.exception, SettingsError)
+        assert "can be read by everybody on this machine" in str(refused.exception)
+        assert "canary" not in str(refused.exception) + refused.output
+    assert "--token " not in CliRunner().invoke(app, ("forecast", "--help")).output
+    (tmp_path / "token").write_text("mur_in_a_file\n")
+    assert read_token(str(tmp_path / "token")) == "mur_in_a_file"
