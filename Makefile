@@ -54,7 +54,7 @@ fleet: $(FLEET)/.ready  ## The environment of Prefect, for runs on many machines
 
 test: check $(FLEET)/.ready  ## Everything that CI checks: the quick gates, notebooks run, tests
 	@tools/system
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev  ## The quick gates: ruff, mypy, notebooks clean, library in step, walls, readable cells, README and house in step
 	$(BIN)/ruff check .

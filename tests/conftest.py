@@ -1,11 +1,18 @@
-"""How the tests are shared out to the workers of `pytest -n 2 --dist loadgroup`: the tests of a file stay together, as they share servers."""
+"""How `pytest -n 2` shares the tests out: those of a file stay with one worker, as they share servers, homes and their order."""
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Notebooks share nothing, so each goes to whoever is free: they come last, and both workers end together."
-    for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class ByFile(LoadScopeScheduling):
+    "Files whole, the largest first; notebooks share nothing, so each goes to whoever is free, and both workers end together."
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith("test_notebooks.py") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Not `--dist loadgroup`: xdist 3.8 writes the group where pytest 9 does not look, and takes files apart."
+    return ByFile(config, log)

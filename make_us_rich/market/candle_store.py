@@ -100,12 +100,9 @@ class Provenance:
         "Source, report and ranges as tables."
         content = f"{self.revisions} revised, content `{self.content_hash[:12]}`"
         head = f"**{self.pair} {self.interval}** from {self.source}, {content}"
-        rows = [
-            f"| {utc_iso(r.start)} | {utc_iso(r.end)} | {r.rows:,} | {utc_iso(r.fetched_at)} |" for r in self.ranges
-        ]
-        return "\n".join(
-            [head, "", self.report._repr_markdown_(), "", "| from | to | rows | fetched |", "|---|---|---|---|", *rows]
-        )
+        times = [(utc_iso(r.start), utc_iso(r.end), f"{r.rows:,}", utc_iso(r.fetched_at)) for r in self.ranges]
+        rows = ["| from | to | rows | fetched |", "|---|---|---|---|", *(f"| {' | '.join(each)} |" for each in times)]
+        return "\n".join([head, "", self.report._repr_markdown_(), "", *rows])
 
     def __rich__(self) -> object:
         from rich.markdown import Markdown
@@ -180,13 +177,17 @@ def open_candle_file(data: bytes, series: Series) -> tuple[pd.DataFrame, Provena
     "The candles of a file and their provenance; `DamagedFile` if it is not whole, or not of this series."
     with pq.ParquetFile(pa.BufferReader(_unseal(data))) as file:
         try:
+            facts = file.metadata.metadata[b"provenance"].decode()
+            told = json.loads(facts)
+            if f"{told['pair']}/{told['interval']}" != str(series):
+                raise DamagedFile(f"it holds {told['pair']} {told['interval']}")
             frame = check_candles(file.read().to_pandas(), series.interval)
-            book = _from_json(file.metadata.metadata[b"provenance"].decode(), frame)
+            book = _from_json(facts, frame)
         except (CandleError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, DamagedFile):
+                raise
             rule = f"the stored candles of {series.name} are whole, but this version cannot read them ({e})"
             raise NewerFile(f"{rule}; start the newer version that wrote them", "newer_version") from None
-    if (book.pair, book.interval) != (str(series.pair), str(series.interval)):
-        raise DamagedFile(f"it holds {book.pair} {book.interval}")
     if content_hash(frame) != book.content_hash:
         raise DamagedFile("its candles are not those that its content hash names")
     return frame, book

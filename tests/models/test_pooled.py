@@ -153,7 +153,7 @@ def test_a_new_pair_is_served_by_the_pooled_model_until_it_has_its_own(frames, p
     "From the command line and by the service; what it said stays on record, the pair's own champion takes over with the next candle."
     new, hour, label = fake_candles(1_500, seed=9, start="2025-04-01"), pd.Timedelta("1h"), "synthetic candles"
     closed = new["timestamp"].iloc[1_400]
-    store = ModelStore((tmp_path / "models").as_uri())
+    store = ModelStore.of(get_settings(home=tmp_path))
     version = publish(store, pooled, frames["AAA_USDT"])
     with ReplayServer({"NEW_USDT": new}, now=closed + pd.Timedelta("5s"), label=label) as server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MUR_")}

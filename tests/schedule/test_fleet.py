@@ -124,13 +124,13 @@ class Fleet:
         self.program = make_program(folder, self.hold)
         self.api = f"http://127.0.0.1:{free_port()}/api"
 
-    def start(self, name, *words, host=False):
+    def start(self, name, *words, host=False, **more):
         "A program of `mkrich` in the background; as a host it has a name, a home and processes of its own."
         home = self.folder / name
         home.mkdir(parents=True)
         command, env = (
             [self.program, *words],
-            self.environment | {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs")},
+            self.environment | {"MUR_HOME": str(home / "store"), "MUR_RUNS": str(home / "runs")} | more,
         )
         if host:
             inside = ["sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
@@ -249,8 +249,7 @@ def test_one_of_two_hosts_dies_and_every_pair_gets_one_version(fleet, monkeypatc
         "server",
         "--port",
         fleet.api.rpartition(":")[2].partition("/")[0],
-        "--database",
-        fleet.database,
+        PREFECT_API_DATABASE_CONNECTION_URL=fleet.database,
     )
     try:
         wait_for(fleet.is_up, what="the Prefect server")
