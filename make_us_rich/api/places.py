@@ -123,7 +123,7 @@ class Bodies:
                 self.waiting.pop(crowd[0], None)
                 crowd[0].reschedule(0)
 
-
+# %% ../../nbs/07_api/04a_places.ipynb #df7b4f67
 async def _whole(receive: Receive, size: int) -> bytes:
     "A body of so many bytes; a `Refusal` if the sender goes."
     body = b""

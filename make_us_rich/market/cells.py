@@ -207,7 +207,7 @@ def _of_text(text: str, kind: str) -> Cells:
     names: list[str] = []
     banner = again = 0
     for number, cells in _lines_of(text):
-        is_names = {"open", "close"} <= meanings(cells).keys()
+        is_names = not any(cell[:1].isdigit() for cell in cells) and {"open", "close"} <= meanings(cells).keys()
         if is_names and not names and not rows:
             names = cells
         elif is_names:

@@ -191,7 +191,7 @@ def _period(
         _none(pair, start)
     return frame, report, page.now
 
-
+# %% ../../nbs/02_market/04_exchange.ipynb #e66f3afa
 def _steps(first: pd.Timestamp, last: pd.Timestamp, step: Interval) -> int:
     "Candles from the first to the last open time."
     return max(0, int((last - first) / step.delta) + 1)
@@ -255,7 +255,7 @@ NOT_LIVE = re.compile(
     r"historical (sample|candles, dates moved)|(synthetic|recorded) candles( of [A-Za-z0-9_.-]{1,80})?"
 )
 
-
+# %% ../../nbs/02_market/04_exchange.ipynb #ef8b43ea
 class BinanceClient:
     "Closed candles from an exchange that speaks Binance's market-data API: `base_url`, or that of the settings."
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from sqlalchemy import Engine, func, insert, select
 
@@ -132,7 +132,9 @@ def back_up(settings: Settings, target: Path) -> BackupReport:
         half.touch(mode=0o600)
         with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED) as archive:
             rows = _snapshot(source, snapshot)
-            listed = [_add(archive, DATABASE, snapshot.read_bytes())]
+            archive.write(snapshot, DATABASE)
+            with snapshot.open("rb") as file:
+                listed = [Listed(DATABASE, snapshot.stat().st_size, _digest(file))]
             listed += [_add(archive, name, data) for name, data in _contents(settings)]
             made_at = utc_iso(system_clock())
             facts = {"format": FORMAT, "made_at": made_at, "rows": rows, "files": [asdict(each) for each in listed]}
@@ -154,6 +156,14 @@ def _snapshot(source: Engine, path: Path) -> dict[str, int]:
         connection.exec_driver_sql("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
     copy.dispose()
     return rows
+
+
+def _digest(file: IO[bytes]) -> str:
+    "The hash of a file of any size."
+    digest = hashlib.sha256()
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> Listed:
@@ -187,7 +197,9 @@ def _check_listing(archive: zipfile.ZipFile, listing: dict[str, Any]) -> None:
             raise ValueError(f"the name {each.path[:60]} leads out of it")
         if archive.getinfo(each.path).file_size != each.size:
             raise ValueError(f"{each.path[:60]} has another size")
-        if hashlib.sha256(archive.read(each.path)).hexdigest() != each.sha256:
+        with archive.open(each.path) as file:
+            digest = _digest(file)
+        if digest != each.sha256:
             raise ValueError(f"{each.path[:60]} has other bytes")
 
 # %% ../../nbs/06_serving/11_backup.ipynb #049d986e

@@ -125,7 +125,7 @@ class Tables:
         except StoreError as e:
             self.trouble = str(e)
 
-
+# %% ../../nbs/06_serving/10_service.ipynb #0528264b
 @dataclass
 class Polling:
     "When the model store is looked at, for new series and for new champions, and what is wrong with it."
@@ -341,7 +341,7 @@ def new_states(service: Service) -> list[SeriesState]:
         log.exception("the series could not be looked for")
         return []
 
-
+# %% ../../nbs/06_serving/10_service.ipynb #5d31e0ae
 def look_turn(service: Service) -> None:
     "Look for series and for their models, one after the other; trouble is kept, never raised."
     with service.looking:
@@ -360,7 +360,7 @@ def look_forever(service: Service, stop: threading.Event, pause: float) -> None:
         look_turn(service)
         stop.wait(pause)
 
-
+# %% ../../nbs/06_serving/10_service.ipynb #16d8a4b1
 def answer_turn(service: Service) -> None:
     "Bring the answers of all series up to date; trouble is kept, never raised."
     with service.turning:

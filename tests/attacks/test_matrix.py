@@ -9,15 +9,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from api_kit import Served, make_world, served
+from api_kit import Served, make_world, served_people
 from waiting import LONG
 
 from make_us_rich.api.accounts import Limiter, set_disabled
-from make_us_rich.api.examples import NOW, PASSWORD, add_people
+from make_us_rich.api.examples import NOW, PASSWORD
 from make_us_rich.api.log_ins import LogIns
 from make_us_rich.api.routing import COOKIE
-from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.core.settings import system_clock
+from make_us_rich.core.database import session
 
 RIGHT = {"pair": "BTC_USDT", "token_id": "2000000", "name": "nobody", "run_id": "BTC_USDT-1h-none"}
 QUERIES = {"/predict": {"currency": "btc", "compare": "usdt"}}
@@ -294,14 +293,8 @@ def test_hostile_texts_in_the_log_in_form(world, field):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[Served, dict[str, str]]]:
-    home = tmp_path_factory.mktemp("broken") / "home"
-    home.mkdir()
-    engine = connect(f"sqlite:///{home / 'mkrich.db'}")
-    migrate(engine)
-    tokens = add_people(engine, system_clock())
-    engine.dispose()
-    with served(home) as running:
-        yield running, tokens
+    with served_people(tmp_path_factory.mktemp("broken") / "home") as running:
+        yield running
 
 
 def sent(running: Served, data: bytes) -> bytes:

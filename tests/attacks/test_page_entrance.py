@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from dash_kit import Stage, make_stage, page_server
+from dash_kit import Stage, answering_stage, page_server
 from waiting import LONG, until
 
 from make_us_rich.dashboard.server import Running
@@ -23,12 +23,9 @@ FOREIGN = ["evil.example", "evil.example:8866", "127.0.0.1.evil.example", "192.0
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Iterator[Stage]:
-    made = make_stage(tmp_path_factory.mktemp("entrance") / "store", hours=60)
-    made.settings = made.settings.model_copy(update={"hosts": "ranges.example.org, 192.0.2.7"})
-    made.up()
-    yield made
-    made.down()
-    made.engine.dispose()
+    names = "ranges.example.org, 192.0.2.7"
+    with answering_stage(tmp_path_factory.mktemp("entrance") / "store", hosts=names) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

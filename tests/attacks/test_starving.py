@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from api_kit import Served, make_world, served
+from api_kit import Served, make_world, served_people
 from waiting import LONG
 
 from make_us_rich.api.accounts import create_token, get_user
-from make_us_rich.api.examples import NOW, PASSWORD, add_people
+from make_us_rich.api.examples import NOW, PASSWORD
 from make_us_rich.api.limits import STREAM
-from make_us_rich.core.database import connect, migrate, session
-from make_us_rich.core.settings import system_clock
+from make_us_rich.core.database import session
 
 LOG_IN = {"name": "bob", "password": PASSWORD}
 
@@ -24,14 +23,8 @@ LOG_IN = {"name": "bob", "password": PASSWORD}
 @pytest.fixture(scope="module")
 def people(tmp_path_factory) -> tuple[Served, dict[str, str]]:
     "A real server, and tokens."
-    home = tmp_path_factory.mktemp("starving") / "home"
-    home.mkdir()
-    engine = connect(f"sqlite:///{home / 'mkrich.db'}")
-    migrate(engine)
-    tokens = add_people(engine, system_clock())
-    engine.dispose()
-    with served(home) as server:
-        yield server, tokens
+    with served_people(tmp_path_factory.mktemp("starving") / "home") as server:
+        yield server
 
 
 @contextlib.contextmanager

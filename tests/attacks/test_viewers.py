@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 import psutil
 import pytest
-from dash_kit import Stage, make_stage, page_server
+from dash_kit import Stage, answering_stage, page_server
 from waiting import LONG, wait_for
 
 from make_us_rich.api.accounts import create_token, get_user
@@ -25,11 +25,8 @@ SHOWN = re.compile(r'id="jupyter-config-data"[^>]*>(.*?)</script>', re.S)
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Iterator[Stage]:
-    made = make_stage(tmp_path_factory.mktemp("viewers") / "store", hours=60)
-    made.up()
-    yield made
-    made.down()
-    made.engine.dispose()
+    with answering_stage(tmp_path_factory.mktemp("viewers") / "store", hours=60) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

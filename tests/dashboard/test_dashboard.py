@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from dash_kit import HOUR, Stage, make_stage, page_server
+from dash_kit import HOUR, Stage, answering_stage, make_stage, page_server
 from waiting import LONG, until, wait_for
 
 from make_us_rich.api.examples import PASSWORD
@@ -45,11 +45,8 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Iterator[Stage]:
-    made = make_stage(tmp_path_factory.mktemp("dash") / "store", hours=200)
-    made.up()
-    yield made
-    made.down()
-    made.engine.dispose()
+    with answering_stage(tmp_path_factory.mktemp("dash") / "store", hours=200) as made:
+        yield made
 
 
 PLACES: dict[str, int] = {}

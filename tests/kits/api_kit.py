@@ -15,7 +15,9 @@ from servers import free_port
 from waiting import LONG, wait_for
 
 from make_us_rich.api.app import create_app
-from make_us_rich.api.examples import ExampleApi, example_api
+from make_us_rich.api.examples import ExampleApi, add_people, example_api
+from make_us_rich.core.database import connect, migrate
+from make_us_rich.core.settings import system_clock
 
 
 def make_world(home: Path, series: Iterable[str] = ("BTC_USDT/1h",), **options) -> ExampleApi:
@@ -68,6 +70,18 @@ def served(home: Path, **env: str) -> Iterator[Served]:
                 process.wait(15)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@contextlib.contextmanager
+def served_people(home: Path, **env: str) -> Iterator[tuple[Served, dict[str, str]]]:
+    "A real server, and the tokens of the people of the examples."
+    home.mkdir()
+    engine = connect(f"sqlite:///{home / 'mkrich.db'}")
+    migrate(engine)
+    tokens = add_people(engine, system_clock())
+    engine.dispose()
+    with served(home, **env) as server:
+        yield server, tokens
 
 
 async def burst(

@@ -228,6 +228,19 @@ def _fill(service: Service, series: Series, frame: pd.DataFrame, hours: int, now
 
 
 @contextlib.contextmanager
+def answering_stage(home: Path, hours: int = 60, **settings: Any) -> Iterator[Stage]:
+    "A stage that answers, put away at the end."
+    made = make_stage(home, hours)
+    made.settings = made.settings.model_copy(update=settings)
+    made.up()
+    try:
+        yield made
+    finally:
+        made.down()
+        made.engine.dispose()
+
+
+@contextlib.contextmanager
 def page_server(stage: Stage, token: str | None = None, local: bool = False, **options: Any) -> Iterator[Running]:
     "Voila for this API; `local` logs the viewer in as local mode does."
     settings = (
