@@ -174,6 +174,8 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> Listed:
 # %% ../../nbs/06_serving/11_backup.ipynb #81b7bfb4
 def read_backup(path: Path) -> dict[str, Any]:
     "The list of a backup whose every byte has been checked; `StoreError` says what is wrong with it."
+    if not Path(path).is_file():
+        raise StoreError(f"{path} is no file; name one that `mkrich backup` has made", "bad_backup")
     try:
         with zipfile.ZipFile(path) as archive:
             listing = json.loads(archive.read(LISTING))
